@@ -1,0 +1,191 @@
+"""Settings: argument, then environment (``SANDBOX_<NAME>``), then ``.env``, then default.
+
+Every value is validated when the object is made; an unknown or contradictory setting is refused by name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from sandbox_kernel.errors import SettingsError
+
+_UNITS = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "m": 2**20, "mb": 2**20, "g": 2**30, "gb": 2**30, "t": 2**40, "tb": 2**40}
+
+
+class SessionStorage(StrEnum):
+    """Where a session's files live."""
+
+    BIND = "BIND"
+    """In ``sessions_root/<id>`` on the host, with the record."""
+    TMPFS = "TMPFS"
+    """In the container's memory; the host's disk sees only the artifacts that are ingested."""
+
+
+class DatasetAccess(StrEnum):
+    """How data sets come to ``/data``."""
+
+    NONE = "NONE"
+    LOCAL_RO = "LOCAL_RO"
+    """Read-only from ``datasets_path``."""
+    API = "API"
+    """Fetched by the function given to ``SessionManager(fetch_dataset=...)``, staged on demand."""
+    HYBRID = "HYBRID"
+    """Both; a local data set goes before a fetched one of the same id."""
+
+
+def parse_size(value: Any) -> int:
+    """Bytes from ``"512m"``, ``"2g"``, ``"1.5 GB"`` or a number (units are powers of 1024).
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(value, bool):
+        raise ValueError("a size is bytes or a text like '512m' or '2g'")
+    if isinstance(value, (int, float)):
+        size = int(value)
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+        if match is None or match[2].lower() not in _UNITS:
+            raise ValueError(f"{value!r} is not a size; write bytes or a text like '512m' or '2g'")
+        size = int(float(match[1]) * _UNITS[match[2].lower()])
+    if size <= 0:
+        raise ValueError(f"{value!r} must be more than 0 bytes")
+    return size
+
+
+class Settings(BaseSettings):
+    """How sessions are run. Sizes are bytes or texts like ``"2g"``; times are seconds.
+
+    Raises :class:`SettingsError` naming each setting that is unknown, malformed or contradicts another.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="SANDBOX_", env_file=".env", extra="forbid", frozen=True, env_ignore_empty=True, validate_default=True
+    )
+
+    sessions_root: Path = Path("sessions")
+    """Folder of the session directories."""
+    store_root: Path | None = None
+    """Folder of the artifact store; default ``sessions_root/.store`` (one file system with the sessions: no copying)."""
+    session_storage: SessionStorage = SessionStorage.BIND
+    dataset_access: DatasetAccess = DatasetAccess.NONE
+    datasets_path: Path | None = None
+    """Host folder of the data sets (LOCAL_RO, HYBRID)."""
+    image: str = "sandbox:latest"
+    engine: Literal["docker", "local"] = "docker"
+    """``local`` runs the kernel on this machine WITHOUT isolation."""
+    transport: Literal["auto", "ipc", "tcp"] = "auto"
+    """``auto``: ipc where host and engine share a Linux kernel and the network is ``none``; else tcp."""
+    network: Literal["none", "full"] | list[str] = "none"
+    """``none``, ``full``, or the host names that may be reached (``["pypi.org", "*.example.org:8443"]``)."""
+    runtime: str | None = None
+    """Another OCI runtime of the engine, e.g. ``runsc`` (gVisor)."""
+    memory_limit: int = 2 * 2**30
+    cpus: float = Field(default=1.0, gt=0)
+    pids_limit: int = Field(default=256, ge=16)
+    tmpfs_size: int = 512 * 2**20
+    """Size of each of the container's in-memory folders (``/session``, ``/tmp``)."""
+    timeout_s: float | None = Field(default=300.0, gt=0)
+    """Longest run of a cell; ``None``: no limit."""
+    interrupt_grace_s: float = Field(default=5.0, ge=0)
+    """How long an interrupted cell may take to end before its kernel is killed."""
+    start_timeout_s: float = Field(default=60.0, gt=0)
+    """Longest wait for a kernel's first answer."""
+    restart_on_death: bool = True
+    stop_on_exit: bool = True
+    """Leaving ``with SessionManager`` stops its sessions; otherwise they live on for the next manager."""
+    idle_timeout_s: float | None = Field(default=None, gt=0)
+    """Sessions idle for longer are stopped; ``None``: never."""
+    max_output_bytes: int = 1_000_000
+    """Output of one cell kept in result and log; the whole goes to the store when it is longer."""
+    max_artifact_bytes: int = 2 * 2**30
+    """Largest file the store takes."""
+    max_session_artifacts_bytes: int = 20 * 2**30
+    """All artifacts of one session together."""
+    pool_size: int = Field(default=0, ge=0, le=100)
+    """Spare kernels kept warm."""
+    pool_imports: list[str] = Field(default_factory=list)
+    """Modules imported beforehand in every kernel, e.g. ``["numpy", "pandas"]``."""
+    durability: Literal["batch", "fsync"] = "batch"
+    """``batch``: a log line survives the death of this process at once, of the machine within a second; ``fsync``: both at once."""
+    mask_secrets: bool = True
+    """Mask the values of variables whose names look like secrets in ``python_state.json``."""
+
+    def __init__(self, **values: Any) -> None:
+        unknown = sorted(
+            name
+            for name in os.environ
+            if name.upper().startswith("SANDBOX_") and name[8:].lower() not in type(self).model_fields
+        )
+        if unknown:
+            raise SettingsError(f"unknown setting in the environment: {', '.join(unknown)}. {_known()}")
+        try:
+            super().__init__(**values)
+        except ValidationError as exc:
+            raise SettingsError(_explain(exc)) from None
+
+    @field_validator(
+        "memory_limit", "tmpfs_size", "max_output_bytes", "max_artifact_bytes", "max_session_artifacts_bytes", mode="before"
+    )
+    @classmethod
+    def _size(cls, value: Any) -> int:
+        return parse_size(value)
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _memory(cls, value: int) -> int:
+        if value < 64 * 2**20:
+            raise ValueError("a kernel needs at least 64m")
+        return value
+
+    @field_validator("network", mode="before")
+    @classmethod
+    def _hosts(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in ("none", "full"):
+            raise ValueError("write 'none', 'full', or a list of host names (in the environment as JSON: '[\"pypi.org\"]')")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        wants_folder = self.dataset_access in (DatasetAccess.LOCAL_RO, DatasetAccess.HYBRID)
+        if wants_folder and self.datasets_path is None:
+            raise ValueError(f"dataset_access={self.dataset_access} needs datasets_path, the host folder of the data sets")
+        if not wants_folder and self.datasets_path is not None:
+            raise ValueError(f"datasets_path is set, but dataset_access={self.dataset_access} never reads it; use LOCAL_RO or HYBRID")
+        if self.engine == "local":
+            for name in ("runtime",):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs a container; engine='local' has none")
+            if self.session_storage is SessionStorage.TMPFS:
+                raise ValueError("session_storage=TMPFS needs a container; engine='local' has none")
+            if self.network != "none" and self.network != "full":
+                raise ValueError("network as a list of hosts needs a container; engine='local' has none")
+        return self
+
+    @property
+    def store_path(self) -> Path:
+        """Where the artifact store is."""
+        return self.store_root if self.store_root is not None else self.sessions_root / ".store"
+
+
+def _known() -> str:
+    return "Known settings: " + ", ".join(sorted(Settings.model_fields)) + "."
+
+
+def _explain(exc: ValidationError) -> str:
+    """One line per problem, each naming the setting."""
+    lines = []
+    for problem in exc.errors():
+        name = ".".join(str(part) for part in problem["loc"][:1])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown setting {name!r}. {_known()}")
+            continue
+        text = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"setting {name!r}: {text} (got {problem['input']!r})" if name else text)
+    return "\n".join(dict.fromkeys(lines))
