@@ -1,0 +1,226 @@
+"""The one way in which the host opens and lists what a kernel may have written.
+
+Everything below ``artifacts/`` and ``state/`` is hostile: reached from a directory descriptor, component by component,
+never through a link, regular files only, bounded, and looked at again after it was opened.
+"""
+
+# pathlib has no descriptors, and a path that is looked up twice is two files.
+# ruff: noqa: PTH102, PTH105, PTH108, PTH115, PTH211
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sandbox_kernel.errors import ArtifactRefused, UntrustedPath
+
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+"""Flags for opening a folder that may have been swapped for a link."""
+# O_NONBLOCK: neither a FIFO nor a lease that the kernel took on its own file can make the host wait.
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+MAX_DEPTH = 64
+MAX_ENTRIES = 1_000_000
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A regular file below a hostile folder: its path (POSIX, valid UTF-8) and what ``lstat`` said."""
+
+    path: str
+    status: os.stat_result
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Something that is not taken, and why. ``path`` is printable text (undecodable bytes as ``\\xff``)."""
+
+    path: str
+    reason: str
+    size_bytes: int = 0
+    identity: tuple[int, ...] = ()
+    """Changes when the thing changes; see :func:`file_identity`."""
+
+
+def file_identity(status: os.stat_result) -> tuple[int, ...]:
+    """Device, inode, size, mtime, ctime (ns): another value, another content. No kernel can forge its ctime."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def printable(path: bytes | str) -> str:
+    """``path`` as text that any JSON writer takes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def adopted(status: os.stat_result) -> bool:
+    """Whether this second name of a file is our own doing: a root-owned 0400 blob that a dead host did not finish.
+
+    A kernel cannot make such a file: it is not root.
+    """
+    return status.st_nlink == 2 and status.st_uid == 0 == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o400
+
+
+def open_parent(dir_fd: int, path: bytes | str) -> tuple[int, bytes]:
+    """A new descriptor of the folder that holds ``path`` below ``dir_fd``, and the base name.
+
+    Raises UntrustedPath for a link on the way or a path that leads out; FileNotFoundError.
+    """
+    parts = os.fsencode(path).split(b"/")
+    if any(part in (b"", b".", b"..") or b"\0" in part for part in parts) or len(parts) > MAX_DEPTH + 1:
+        raise UntrustedPath(f"{printable(path)!r} is not a plain relative path")
+    fd = os.dup(dir_fd)
+    for part in parts[:-1]:
+        try:
+            below = os.open(part, FOLDER, dir_fd=fd)
+        except OSError as exc:
+            if exc.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise UntrustedPath(f"{printable(path)!r}: {printable(part)!r} is a link or no folder") from None
+            raise
+        finally:
+            os.close(fd)
+        fd = below
+    return fd, parts[-1]
+
+
+def open_untrusted(
+    dir_fd: int, path: bytes | str, *, max_bytes: int | None = None, finish_adopted: bool = False
+) -> int:
+    """A read-only descriptor of the regular file ``path`` below ``dir_fd``, whatever the kernel does meanwhile.
+
+    ``finish_adopted`` also lets a file pass whose second name is our own (:func:`adopted`).
+    Raises UntrustedPath (link, special file, hard link, way out), ArtifactRefused (more than ``max_bytes``, or replaced
+    while it was opened, or leased), FileNotFoundError. Never blocks.
+    """
+    parent, name = open_parent(dir_fd, path) if b"/" in os.fsencode(path) else (dir_fd, os.fsencode(path))
+    try:
+        return _open_checked(parent, name, printable(path), max_bytes, finish_adopted)
+    finally:
+        if parent != dir_fd:
+            os.close(parent)
+
+
+def _open_checked(parent: int, name: bytes, shown: str, max_bytes: int | None, finish_adopted: bool) -> int:
+    if name in (b"", b".", b"..") or b"\0" in name:
+        raise UntrustedPath(f"{shown!r} is not a plain relative path")
+    # Looked at first: opening a device may already do something.
+    before = os.lstat(name, dir_fd=parent)
+    reason = refusal_of(before)
+    if reason is not None and not (finish_adopted and adopted(before)):
+        raise UntrustedPath(f"{shown!r} is {reason}")
+    try:
+        fd = os.open(name, _FILE, dir_fd=parent)
+    except OSError as exc:
+        if exc.errno in (errno.ELOOP, errno.ENXIO):
+            raise UntrustedPath(f"{shown!r} was replaced while it was opened") from None
+        if exc.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EPERM):
+            raise ArtifactRefused(f"{shown!r} cannot be opened: {os.strerror(exc.errno)}") from None
+        raise
+    try:
+        after = os.fstat(fd)
+        if (after.st_dev, after.st_ino) != (before.st_dev, before.st_ino):
+            raise ArtifactRefused(f"{shown!r} was replaced while it was opened")
+        reason = refusal_of(after)
+        if reason is not None and not (finish_adopted and adopted(after)):
+            raise UntrustedPath(f"{shown!r} is {reason}")
+        if max_bytes is not None and after.st_size > max_bytes:
+            raise ArtifactRefused(f"{shown!r} has {after.st_size} bytes; at most {max_bytes} are taken")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def read_untrusted(dir_fd: int, path: bytes | str, *, max_bytes: int) -> bytes:
+    """The content of ``path`` below ``dir_fd``, at most ``max_bytes``. Raises as :func:`open_untrusted`."""
+    fd = open_untrusted(dir_fd, path, max_bytes=max_bytes)
+    with os.fdopen(fd, "rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ArtifactRefused(f"{printable(path)!r} grew past {max_bytes} bytes while it was read")
+    return data
+
+
+def refusal_of(status: os.stat_result) -> str | None:
+    """Why a thing of this ``lstat`` is never read: ``"a link"``, ``"a FIFO"``, ...; None for a plain regular file."""
+    mode = status.st_mode
+    if stat.S_ISREG(mode):
+        return None if status.st_nlink == 1 else f"a hard link ({status.st_nlink} names)"
+    for test, what in (
+        (stat.S_ISLNK, "a link"),
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISBLK, "a device"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISDIR, "a folder"),
+    ):
+        if test(mode):
+            return what
+    return "no regular file"
+
+
+@dataclass
+class _Count:
+    left: int
+
+
+def scan_untrusted(
+    dir_fd: int, *, max_entries: int = MAX_ENTRIES, max_depth: int = MAX_DEPTH, folders: list[str] | None = None
+) -> Iterator[Found | Refusal]:
+    """Everything below ``dir_fd``, never through a link: regular files as Found, all else but folders as Refusal.
+
+    Past ``max_entries`` or ``max_depth`` a Refusal names what was left out; what vanishes meanwhile is left out.
+    ``folders``, when given, receives the sub-folders met. Uses ``dir_fd``'s read position: one scan at a time.
+    """
+    count = _Count(max_entries)
+    yield from _scan(dir_fd, "", count, max_depth, folders)
+    if count.left < 0:
+        yield Refusal(".", f"more than {max_entries} entries; the rest was not looked at")
+
+
+def _scan(fd: int, prefix: str, count: _Count, depth: int, folders: list[str] | None) -> Iterator[Found | Refusal]:
+    with os.scandir(fd) as entries:
+        for entry in entries:
+            count.left -= 1
+            if count.left < 0:
+                return
+            path = prefix + entry.name
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except OSError:
+                continue
+            shown = printable(path)
+            identity = file_identity(status)
+            if not _is_text(entry.name):
+                yield Refusal(shown, "a name that is not valid UTF-8", status.st_size, identity)
+            elif stat.S_ISDIR(status.st_mode):
+                if depth <= 0:
+                    yield Refusal(shown, f"a folder more than {MAX_DEPTH} levels deep", 0, identity)
+                    continue
+                try:
+                    below = os.open(entry.name, FOLDER, dir_fd=fd)
+                except OSError as exc:
+                    if exc.errno in (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE):
+                        yield Refusal(shown, f"a folder that cannot be opened: {os.strerror(exc.errno)}", 0, identity)
+                    continue  # swapped for a link or gone since: the next scan sees what it is now
+                if folders is not None:
+                    folders.append(path)
+                try:
+                    yield from _scan(below, path + "/", count, depth - 1, folders)
+                finally:
+                    os.close(below)
+            else:
+                reason = refusal_of(status)
+                if reason is None or adopted(status):
+                    yield Found(path, status)
+                else:
+                    yield Refusal(shown, reason, status.st_size, identity)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
