@@ -1,0 +1,320 @@
+"""Reading ``session.log``: JSON lines, written by us or by another program, whole or torn.
+
+Lenient by design: a line that cannot be read becomes a :class:`Problem` and reading goes on. Unknown events and
+fields are kept as they stand; timestamps are left as text, with or without an offset, in whatever order they come.
+Memory is bounded by the longest line that is kept (``MAX_LINE``), and reading the last N entries costs what those
+N entries are long, however long the file is.
+
+Also here, because writer and readers must agree on it: how a value becomes one line of JSON (:func:`encode`).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sandbox_kernel.errors import RecordError
+
+MAX_LINE = 64 * 2**20
+"""Longest line that is parsed, in bytes; longer ones are reported and skipped."""
+
+_BLOCK = 64 * 2**10
+_GARBAGE = 16 * 2**20
+"""Bytes of unreadable lines after which looking for the last N entries is given up."""
+
+# What a terminal or an editor would act on when somebody prints the file: C1 controls, DEL, line and paragraph
+# separators, bidirectional overrides; and lone surrogates, which UTF-8 does not have.
+_UNSAFE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something in a session folder that could not be read as it should; ``where`` names file and place."""
+
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+@dataclass(slots=True)
+class Log:
+    """What :func:`read_log` found, oldest entry first."""
+
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class RawLine:
+    """One line as it stands in the file. ``data`` is None when the line is longer than ``MAX_LINE``."""
+
+    number: int
+    """From 1."""
+    offset: int
+    size: int
+    """Bytes without the newline."""
+    data: bytes | None
+    ended: bool
+    """False for a last line without newline."""
+    digest: str = ""
+    """SHA-256 (hex) of the bytes without the newline."""
+
+
+# --- JSON text --------------------------------------------------------------------------------
+
+
+def _default(value: Any) -> Any:
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value).decode("utf-8", "backslashreplace")
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (set, frozenset, tuple)):
+        return list(value)
+    return f"<{type(value).__name__}>"
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_default)
+
+
+def _clean(value: Any, depth: int = 0) -> Any:
+    """``value`` with what JSON has no form for (NaN, odd keys, endless nesting) turned into text."""
+    if depth > 100:
+        return "..."
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else str(key): _clean(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_clean(item, depth + 1) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    return _clean(_default(value), depth + 1)
+
+
+def _escape(match: re.Match[str]) -> str:
+    char = match[0]
+    # A lone surrogate becomes the visible text \udc80 (strict parsers refuse the escape); the others keep their value.
+    return ("\\\\u%04x" if "\ud800" <= char <= "\udfff" else "\\u%04x") % ord(char)
+
+
+def encode(value: Any) -> bytes:
+    """``value`` as one line of strict JSON in UTF-8, without the newline. Never fails and never lets a control
+    character, a bidirectional override or invalid text through as such."""
+    try:
+        text = _ENCODER.encode(value)
+    except (ValueError, TypeError, RecursionError):
+        text = _ENCODER.encode(_clean(value))
+    if not text.isascii() or "\x7f" in text:
+        text = _UNSAFE.sub(_escape, text)
+    return text.encode()
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """The JSON object in one line. Raises ValueError with the reason when there is none."""
+    try:
+        value = json.loads(data.decode("utf-8", "backslashreplace").lstrip("\ufeff"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as exc:
+        raise ValueError(str(exc)) from None
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON {type(value).__name__}, not an object")
+    return value
+
+
+# --- lines ------------------------------------------------------------------------------------
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, following no link at its last component and never blocking on a FIFO.
+
+    Raises FileNotFoundError where there is none, RecordError (naming the file) for anything but a readable regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as exc:
+        reason = "it is a symbolic link" if exc.errno == errno.ELOOP else exc.strerror
+        raise RecordError(f"cannot read {path}: {reason}") from exc
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise RecordError(f"cannot read {path}: it is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def raw_lines(file: BinaryIO, *, number: int = 0, digests: bool = False) -> Iterator[RawLine]:
+    """The lines from the file's position on; ``number`` is how many came before. A blank line is a line."""
+    offset = file.tell()
+    while piece := file.readline(_BLOCK * 16):
+        number += 1
+        size, pieces, sha = len(piece), [piece], None
+        while not piece.endswith(b"\n"):
+            piece = file.readline(_BLOCK * 16)
+            if not piece:
+                break
+            size += len(piece)
+            if size <= MAX_LINE:
+                pieces.append(piece)
+            elif digests and sha is None:
+                sha = hashlib.sha256(b"".join(pieces))
+            if sha is not None:
+                sha.update(piece.removesuffix(b"\n"))
+        ended = piece.endswith(b"\n")
+        whole = None if size > MAX_LINE else b"".join(pieces).removesuffix(b"\n")
+        digest = ""
+        if digests:
+            digest = hashlib.sha256(whole).hexdigest() if whole is not None else sha.hexdigest() if sha else ""
+        yield RawLine(number, offset, size - ended, whole, ended, digest)
+        offset += size
+
+
+def _backwards(file: BinaryIO, end: int) -> Iterator[tuple[int, int, bytes | None, bool]]:
+    """``(offset, size, data, ended)`` of the lines before ``end``, last first, read in blocks from the end."""
+    parts: deque[bytes] = deque()
+    size, position, ended = 0, end, False
+    first = True
+    while position > 0:
+        start = max(0, position - _BLOCK)
+        file.seek(start)
+        block = file.read(position - start)
+        stop = len(block)
+        if first:
+            first = False
+            if block.endswith(b"\n"):
+                ended, stop = True, stop - 1
+        while (cut := block.rfind(b"\n", 0, stop)) >= 0:
+            parts.appendleft(block[cut + 1 : stop])
+            size += stop - cut - 1
+            yield start + cut + 1, size, b"".join(parts) if size <= MAX_LINE else None, ended
+            parts.clear()
+            size, stop, ended = 0, cut, True
+        size += stop
+        if size <= MAX_LINE:
+            parts.appendleft(block[:stop])
+        else:
+            parts.clear()
+        position = start
+    if end > 0:
+        yield 0, size, b"".join(parts) if size <= MAX_LINE else None, ended
+
+
+def _entry(name: str, where: str, size: int, data: bytes | None, ended: bool) -> dict[str, Any] | Problem | None:
+    """A line's entry, or what is wrong with it; None for a blank line."""
+    if data is None:
+        return Problem(f"{name}, {where}", f"a line of {size} bytes is skipped (longest that is read: {MAX_LINE})")
+    if not data.strip():
+        return None
+    try:
+        return decode(data)
+    except ValueError as exc:
+        reason = "the last line is torn" if not ended else f"not readable: {exc}"
+        return Problem(f"{name}, {where}", f"{reason}; it begins with {ascii(data[:60].decode('utf-8', 'backslashreplace'))}")
+
+
+def iter_log(path: Path) -> Iterator[dict[str, Any] | Problem]:
+    """The entries of a log from its beginning, and what is wrong with lines that are none. Memory: one line.
+
+    Raises RecordError when the file is not a regular file or cannot be read; a file that is not there has no entries.
+    """
+    try:
+        file = open_regular(path)
+    except FileNotFoundError:
+        return
+    with file:
+        for line in raw_lines(file):
+            found = _entry(path.name, f"line {line.number}", line.size, line.data, line.ended)
+            if found is not None:
+                yield found
+
+
+def _tail(path: Path, limit: int) -> Log:
+    log = Log()
+    try:
+        file = open_regular(path)
+    except FileNotFoundError:
+        return log
+    garbage = 0
+    with file:
+        for offset, size, data, ended in _backwards(file, os.fstat(file.fileno()).st_size):
+            if len(log.entries) >= limit:
+                break
+            found = _entry(path.name, f"byte {offset}", size, data, ended)
+            if isinstance(found, dict):
+                log.entries.append(found)
+                continue
+            if found is not None:
+                log.problems.append(found)
+            garbage += size + 1
+            if garbage > _GARBAGE:
+                log.problems.append(Problem(f"{path.name}, byte {offset}", f"{garbage} unreadable bytes; nothing before them is read"))
+                break
+    log.entries.reverse()
+    log.problems.reverse()
+    return log
+
+
+def read_log(path: Path, *, limit: int | None = None) -> Log:
+    """The log's entries, or its last ``limit`` ones (read from the end of the file), oldest first.
+
+    Raises RecordError when the file is not a regular file or cannot be read; a file that is not there has no entries.
+    """
+    if limit is not None:
+        return _tail(Path(path), limit)
+    log = Log()
+    for found in iter_log(Path(path)):
+        if isinstance(found, Problem):
+            log.problems.append(found)
+        else:
+            log.entries.append(found)
+    return log
+
+
+def follow(
+    path: Path, *, start: int | None = None, stop: threading.Event | None = None, interval_s: float = 0.1
+) -> Iterator[dict[str, Any] | Problem]:
+    """Entries as they are appended, from byte ``start`` (default: the file's present end), until ``stop`` is set.
+
+    A last line without newline is waited for, not reported. A file that shrinks or is replaced is said and then read
+    from its beginning. Polls the size: that works on every file system, also where inotify is silent.
+    """
+    path, stop = Path(path), stop or threading.Event()
+    number, inode, position = 0, -1, start
+    while True:
+        try:
+            with open_regular(path) as file:
+                status = os.fstat(file.fileno())
+                if position is None:
+                    position = status.st_size
+                if status.st_size < position or (inode not in (-1, status.st_ino)):
+                    position = 0
+                    yield Problem(path.name, "the file was replaced or cut; reading it from its beginning")
+                inode = status.st_ino
+                file.seek(position)
+                for line in raw_lines(file, number=number):
+                    if not line.ended:
+                        break
+                    position = line.offset + line.size + 1
+                    found = _entry(path.name, f"byte {line.offset}", line.size, line.data, True)
+                    if found is not None:
+                        yield found
+        except FileNotFoundError:
+            position = 0
+        if stop.wait(interval_s):
+            return
