@@ -1,58 +1,21 @@
-"""The audit chain of ``session.log``: each line carries its number (``seq``) and the SHA-256 of the line before it (``prev``).
-
-The head (``log_head``, ``log_lines``, ``log_bytes``) is kept in ``session_metadata.json``; it may lag behind the log by the
-lines of a crash, never run ahead of it. There is no key: somebody who can write both files can forge both.
-What the chain finds is every change made to the log alone.
-"""
+"""The writing end of ``session.log``: every line chained to the one before it. See :mod:`sandbox_kernel.audit`."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from sandbox_kernel.audit import GENESIS, Head, Link, digest_of_first
 from sandbox_kernel.events import timestamp
 from sandbox_kernel.journal import AppendFile, disk_sync
-from sandbox_kernel.logfile import RawLine, decode, encode, open_regular, raw_lines
-
-GENESIS = "0" * 64
-"""``prev`` of a log's first line."""
-
-
-class Head(NamedTuple):
-    """The last line of a chain: its SHA-256, its number, and the size of the log with it."""
-
-    digest: str
-    lines: int
-    size: int
-
-    @classmethod
-    def of(cls, metadata: dict[str, Any]) -> Head | None:
-        """The head that a session's metadata recorded, if it did."""
-        digest, lines, size = (metadata.get(name) for name in ("log_head", "log_lines", "log_bytes"))
-        if isinstance(digest, str) and isinstance(lines, int) and isinstance(size, int) and lines > 0:
-            return cls(digest, lines, size)
-        return None
-
-    def as_metadata(self) -> dict[str, Any]:
-        return {"log_head": self.digest, "log_lines": self.lines, "log_bytes": self.size}
-
-
-def _link(data: bytes | None) -> tuple[dict[str, Any] | None, bool]:
-    """A line's entry (None when it is not readable) and whether it belongs to a chain."""
-    try:
-        entry = decode(data or b"")
-    except ValueError:
-        return None, False
-    return entry, isinstance(entry.get("prev"), str) and type(entry.get("seq")) is int
+from sandbox_kernel.logfile import RawLine, encode, open_regular, raw_lines
 
 
 class ChainedLog:
-    """The writing end. Opening continues the chain that is there and says in the log what it found wrong:
-    ``log_repaired`` after a torn line, ``log_broken`` when the recorded head is not in it, ``log_chain_started`` after
-    lines without a chain (with the SHA-256 of all of them).
+    """Opening it continues the chain that is there and says in the log what it found: ``log_repaired`` after a torn
+    line, ``log_broken`` when the recorded head is not in it, ``log_chain_started`` after lines without a chain (with
+    the SHA-256 of all of them). Costs what stands after the recorded head; without one, what the whole log holds.
     """
 
     def __init__(self, path: Path, recorded: Head | None, *, fsync: bool) -> None:
@@ -93,7 +56,9 @@ class ChainedLog:
     def _join(self, recorded: Head | None) -> None:
         found = recorded is not None and self._ends_at(recorded)
         at = recorded if recorded is not None and found else Head(GENESIS, 0, 0)
-        last, previous, linked = None, at.digest, None
+        last: RawLine | None = None
+        linked: RawLine | None = None
+        previous = at.digest
         with open_regular(self.path) as file:
             file.seek(at.size)
             for line in raw_lines(file, number=at.lines, digests=True):
@@ -101,24 +66,20 @@ class ChainedLog:
                 if b'"prev": "' in (line.data or b""):
                     linked = line
         self.head = at
-        if last is not None:
-            self._close_torn(last, previous)
+        if last is not None and not last.ended:
+            self._file.append(b"\n")
+        if last is not None and not found and (linked is None or Link.of(linked).prev is None):
+            with open_regular(self.path) as file:
+                digest = digest_of_first(file.fileno(), self.head.size)
+            self._write("log_chain_started", {"lines": self.head.lines, "bytes": self.head.size, "sha256": digest})
+        if last is not None and Link.of(last).entry is None:
+            reason = "the line was torn by a crash; it was left as it is"
+            fields = {"line": last.number, "size_bytes": last.size, "before": previous, "reason": reason}
+            self._write("log_repaired", fields)
         if recorded is not None and not found:
             reason = f"the log does not hold the {recorded.lines} lines that the metadata recorded"
             fields = {"reason": reason, "expected_lines": recorded.lines, "expected_head": recorded.digest}
             self._write("log_broken", fields)
-        elif last is not None and not found and (linked is None or not _link(linked.data)[1]):
-            with open_regular(self.path) as file:
-                digest = _digest_of_first(file.fileno(), self.head.size)
-            self._write("log_chain_started", {"lines": self.head.lines, "bytes": self.head.size, "sha256": digest})
-
-    def _close_torn(self, last: RawLine, previous: str) -> None:
-        """End a last line that has no newline; when it is not readable either, keep it and say so in a line after it."""
-        if not last.ended:
-            self._file.append(b"\n")
-        if _link(last.data)[0] is None:
-            fields = {"line": last.number, "size_bytes": last.size, "before": previous}
-            self._write("log_repaired", fields | {"reason": "the line was torn by a crash; it was left as it is"})
 
     def _ends_at(self, head: Head) -> bool:
         """Whether the line of ``head`` ends where it should."""
@@ -143,12 +104,3 @@ class ChainedLog:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _digest_of_first(descriptor: int, size: int) -> str:
-    """SHA-256 (hex) of a file's first ``size`` bytes."""
-    sha, offset = hashlib.sha256(), 0
-    while offset < size and (block := os.pread(descriptor, min(2**20, size - offset), offset)):
-        sha.update(block)
-        offset += len(block)
-    return sha.hexdigest()

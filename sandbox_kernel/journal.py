@@ -11,7 +11,7 @@ import stat
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sandbox_kernel.directory import replace_file
 from sandbox_kernel.errors import RecordError, RecordFull
@@ -22,7 +22,7 @@ _FULL = {
     errno.EDQUOT: "over the disk quota; free some space",
     errno.EROFS: "the file system is read-only; mount it writable",
 }
-_SYNC_EVERY_S = 0.5
+_SYNC_EVERY_S = 0.25
 
 
 def explain(path: Path, exc: OSError) -> RecordError:
@@ -37,7 +37,7 @@ def explain(path: Path, exc: OSError) -> RecordError:
 
 
 class AppendFile:
-    """A file that grows by whole writes: what cannot be written entirely is taken back, so a later try finds it well-formed.
+    """A file that grows by whole writes: what cannot be written entirely is taken back, so a later try finds it whole.
 
     ``size`` is what we wrote it to; :meth:`disturbed` tells whether somebody else changed, cut or removed it since.
     """
@@ -47,7 +47,9 @@ class AppendFile:
         self._lock = threading.Lock()
         self._sync_error: OSError | None = None
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(
+                path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644
+            )
         except OSError as exc:
             raise explain(path, exc) from exc
         status = os.fstat(self._fd)
@@ -100,15 +102,21 @@ class AppendFile:
                 self._fd = -1
 
 
+class Syncable(Protocol):
+    """What can be brought to the disk later; ``sync`` is called on another thread and must not raise."""
+
+    def sync(self) -> None: ...
+
+
 class _DiskSync:
-    """Syncs files of all recorders of the process within a second, on one thread that ends when nothing is left to do."""
+    """Syncs what the recorders of the process wrote, within a second, on one thread that ends when nothing is left."""
 
     def __init__(self) -> None:
         self._wake = threading.Condition()
-        self._due: set[AppendFile] = set()
+        self._due: set[Syncable] = set()
         self._running = False
 
-    def soon(self, file: AppendFile) -> None:
+    def soon(self, file: Syncable) -> None:
         if file in self._due:
             return
         with self._wake:
@@ -120,7 +128,7 @@ class _DiskSync:
     def _run(self) -> None:
         idle = threading.Event()
         while True:
-            # The wait IS the batch: lines of half a second share one sync.
+            # The wait IS the batch: lines of a quarter of a second share one sync.
             idle.wait(_SYNC_EVERY_S)
             with self._wake:
                 due, self._due = self._due, set()

@@ -144,7 +144,7 @@ def decode(data: bytes) -> dict[str, Any]:
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading, following no link at its last component and never blocking on a FIFO.
 
-    Raises FileNotFoundError where there is none, RecordError (naming the file) for anything but a readable regular file.
+    Raises FileNotFoundError where there is none, RecordError (naming the file) for all but a readable regular file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -225,7 +225,7 @@ def _entry(name: str, where: str, size: int, data: bytes | None, ended: bool) ->
         return decode(data)
     except ValueError as exc:
         reason = "the last line is torn" if not ended else f"not readable: {exc}"
-        return Problem(f"{name}, {where}", f"{reason}; it begins with {ascii(data[:60].decode('utf-8', 'backslashreplace'))}")
+        return Problem(f"{name}, {where}", f"{reason}; it begins with {data[:60]!r}")
 
 
 def iter_log(path: Path) -> Iterator[dict[str, Any] | Problem]:
@@ -263,7 +263,8 @@ def _tail(path: Path, limit: int) -> Log:
                 log.problems.append(found)
             garbage += size + 1
             if garbage > _GARBAGE:
-                log.problems.append(Problem(f"{path.name}, byte {offset}", f"{garbage} unreadable bytes; nothing before them is read"))
+                message = f"{garbage} unreadable bytes; nothing before them is read"
+                log.problems.append(Problem(f"{path.name}, byte {offset}", message))
                 break
     log.entries.reverse()
     log.problems.reverse()

@@ -1,7 +1,7 @@
 """The record of a BIND session: ``session.log`` and ``session_metadata.json``, written by the host only.
 
 Every accepted cell has exactly one ``code_execution`` line, whatever is killed and when: it stands in ``.pending``
-before it is sent and leaves it after its line is in the log. The lines are chained, see :mod:`sandbox_kernel.chain`.
+before it is sent and leaves it after its line is in the log. The lines are chained, see :mod:`sandbox_kernel.audit`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import threading
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
-from sandbox_kernel.chain import ChainedLog, Head
+from sandbox_kernel.audit import Head
+from sandbox_kernel.chain import ChainedLog
 from sandbox_kernel.directory import SessionDirectory, replace_file
 from sandbox_kernel.errors import RecordError
 from sandbox_kernel.events import Artifact, ExecutionResult, timestamp
-from sandbox_kernel.journal import Journal, PendingCell, explain
+from sandbox_kernel.journal import Journal, PendingCell, disk_sync, explain
 from sandbox_kernel.logfile import Problem, decode, encode, iter_log, open_regular, raw_lines
 from sandbox_kernel.snapshot import read_metadata, rebuild_metadata, sorted_metadata
 
@@ -37,6 +39,8 @@ class Recorder:
         self._written: dict[str, None] = {}
         self._knows_all_written = False
         self._unwritten: dict[str, dict[str, Any]] = {}
+        self._metadata_lock = threading.Lock()
+        self._metadata_due = False
         with contextlib.ExitStack() as undo:
             self._sweep()
             self.metadata, rebuilt = self._load_metadata()
@@ -52,7 +56,7 @@ class Recorder:
 
     @classmethod
     def open(cls, directory: SessionDirectory, *, durability: Literal["batch", "fsync"] = "batch") -> Self:
-        """Open or begin the record in ``directory`` (which is there); what a crash left torn is closed, and the log says so.
+        """Open or begin the record in ``directory`` (which is there); the log says what a crash left torn.
 
         ``durability="fsync"``: every line is on the disk before its call returns; ``"batch"``: within a second.
         """
@@ -93,7 +97,7 @@ class Recorder:
             self._journal.sync()
 
     def finish(self, msg_id: str, **fields: Any) -> None:
-        """Write the cell's ``code_execution`` line and forget it in ``.pending``; once per ``msg_id``, later calls do nothing.
+        """Write the cell's ``code_execution`` line and forget it in ``.pending``. Later calls for it do nothing.
 
         ``code`` may be left out for an accepted cell. When the line cannot be written it is kept in memory and written
         before the next cell is accepted or finished; the error is raised all the same.
@@ -137,7 +141,7 @@ class Recorder:
         self._journal.forget(msg_id)
 
     def pending(self) -> list[PendingCell]:
-        """The accepted cells without a line, in the order they were accepted; after a crash: whose books are to be closed."""
+        """The accepted cells without a line, oldest first; after a crash: those whose books are to be closed."""
         return list(self._journal.cells.values())
 
     def seen(self, msg_id: str) -> bool:
@@ -195,16 +199,42 @@ class Recorder:
 
     def update_metadata(self, **fields: Any) -> None:
         """Merge ``fields`` and the log's head into ``session_metadata.json``, replaced at once; others' fields stay."""
+        with self._metadata_lock:
+            self.metadata |= fields
+            self._write_metadata()
+
+    def metadata_soon(self, **fields: Any) -> None:
+        """As :meth:`update_metadata`, but written within a quarter of a second on another thread.
+
+        Replacing a file takes longer than running a cell may. An error shows at the next :meth:`update_metadata`.
+        """
+        if self._fsync:
+            self.update_metadata(**fields)
+            return
+        with self._metadata_lock:
+            self.metadata |= fields
+            self._metadata_due = True
+        disk_sync.soon(self)
+
+    def sync(self) -> None:
+        """For the syncing thread: write the metadata that are due."""
+        with self._metadata_lock, contextlib.suppress(RecordError):
+            if self._metadata_due:
+                self._write_metadata()
+
+    def _write_metadata(self) -> None:
         if self._stamp() != self._metadata_stamp:
             theirs, _ = read_metadata(self.directory.path)
-            self.metadata |= theirs or {}
-        merged = sorted_metadata(self.metadata | fields | self._log.head.as_metadata())
+            self.metadata = (theirs or {}) | self.metadata
+        self.metadata = sorted_metadata(self.metadata | self._log.head.as_metadata())
         path = self.directory.metadata
         try:
-            replace_file(path, json.dumps(json.loads(encode(merged)), indent=2).encode() + b"\n", fsync=self._fsync)
+            data = json.dumps(json.loads(encode(self.metadata)), indent=2).encode() + b"\n"
+            replace_file(path, data, fsync=self._fsync)
         except OSError as exc:
             raise explain(path, exc) from exc
-        self.metadata, self._metadata_stamp = merged, self._stamp()
+        self._metadata_due = False
+        self._metadata_stamp = self._stamp()
 
     def _stamp(self) -> tuple[int, int, int] | None:
         try:
@@ -243,9 +273,10 @@ class Recorder:
         """Write what could not be written before, the head into the metadata, and sync. May wait for the disk."""
         try:
             self._retry()
-            if self.metadata.get("log_head") != self._log.head.digest:
+            if self._metadata_due or self.metadata.get("log_head") != self._log.head.digest:
                 self.update_metadata()
         finally:
+            self._metadata_due = False
             self._log.sync()
             self._log.close()
             self._journal.close()
@@ -296,6 +327,9 @@ class NoRecorder:
         return False
 
     def update_metadata(self, **fields: Any) -> None:
+        self.metadata |= fields
+
+    def metadata_soon(self, **fields: Any) -> None:
         self.metadata |= fields
 
     def close(self) -> None:

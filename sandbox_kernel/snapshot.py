@@ -48,7 +48,7 @@ def _read_bounded(path: Path, limit: int) -> tuple[dict[str, Any] | None, Proble
 
 
 def read_metadata(folder: Path) -> tuple[dict[str, Any] | None, Problem | None]:
-    """What ``session_metadata.json`` says; ``(None, None)`` where there is none, ``(None, problem)`` when it is unreadable."""
+    """What ``session_metadata.json`` says; ``(None, None)`` without one, ``(None, problem)`` when unreadable."""
     return _read_bounded(folder / "session_metadata.json", METADATA_LIMIT)
 
 
@@ -59,7 +59,7 @@ def read_state(folder: Path) -> tuple[dict[str, Any] | None, Problem | None]:
     """
     path = folder / "python_state.json"
     try:
-        target = os.readlink(path)
+        target = str(path.readlink())
     except FileNotFoundError:
         return None, None
     except OSError as exc:
