@@ -1,0 +1,401 @@
+"""JupyterLab and other Jupyter programs on a session that runs: real servers, a real browser, a real kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import nbformat
+import pytest
+import pytest_asyncio
+import zmq
+from browser import LabPage, chromium, lab_page
+from jupyter_client.asynchronous.client import AsyncKernelClient
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager, KernelManager
+from nbclient import NotebookClient
+from playwright.async_api import Browser, expect
+
+import sandbox_kernel
+from sandbox_kernel.errors import ConnectionFileError, KernelStartError, SessionClosed, SettingsError
+from sandbox_kernel.lab import LabServer, LabTarget, how_to_attach, write_kernelspec, write_notebook
+from sandbox_kernel.provisioning.attach import read_connection_file
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+LAUNCH = Path(sandbox_kernel.__file__).parent / "kernel_side" / "launch.py"
+
+
+class Running:
+    """A session's kernel under its supervisor, as in a container but on this machine; and the session's own client."""
+
+    def __init__(self, target: LabTarget, process: asyncio.subprocess.Process, client: AsyncKernelClient) -> None:
+        self.target = target
+        self.process = process
+        self.client = client
+
+    async def eval(self, expression: str) -> str:
+        """The repr of an expression, asked as the session asks: past Lab."""
+        reply = await self.client.execute(
+            "", silent=True, user_expressions={"value": expression}, reply=True, timeout=20
+        )
+        value = reply["content"]["user_expressions"]["value"]
+        return str(value["data"]["text/plain"] if value["status"] == "ok" else value["ename"])
+
+    async def run(self, code: str) -> None:
+        reply = await self.client.execute(code, reply=True, timeout=20)
+        assert reply["content"]["status"] == "ok", reply["content"]
+
+
+@asynccontextmanager
+async def running(folder: Path, session_id: str, transport: str = "ipc") -> AsyncIterator[Running]:
+    """Starts a kernel by ``kernel_side/launch.py``, with CurveZMQ keys, and waits until it answers."""
+    public, secret = zmq.curve_keypair()
+    key = uuid.uuid4().hex
+    connection: dict[str, str | int] = {
+        "transport": transport,
+        "ip": str(folder / "s") if transport == "ipc" else "127.0.0.1",
+        "key": key,
+        "signature_scheme": "hmac-sha256",
+        "kernel_name": "sandbox",
+        "curve_publickey": public.decode(),
+        "curve_secretkey": secret.decode(),
+    }
+    for number, channel in enumerate(("shell", "iopub", "stdin", "control", "hb"), 1):
+        connection[f"{channel}_port"] = number if transport == "ipc" else free_port()
+    folder.mkdir(exist_ok=True)
+    connection_file = folder / "kernel.json"
+    connection_file.write_text(json.dumps(connection))
+    options = folder / "options.json"
+    options.write_text(
+        json.dumps({"connection_file": str(connection_file), "cwd": str(folder), "state_dir": str(folder / "state")})
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, str(LAUNCH), str(options), start_new_session=True)
+    client = AsyncKernelClient()
+    client.load_connection_info(read_connection_file(connection_file))
+    client.start_channels()
+    try:
+        await client.wait_for_ready(timeout=30)
+        yield Running(LabTarget(session_id, connection_file, folder / "notebooks", pid=process.pid), process, client)
+    finally:
+        client.stop_channels()
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+async def until(condition: Callable[[], bool | Awaitable[bool]], timeout: float = 20) -> None:
+    """Waits for a condition of a process we have no events of."""
+    async with asyncio.timeout(timeout):
+        while True:
+            value = condition()
+            if value if isinstance(value, bool) else await value:
+                return
+            await asyncio.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def session(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    async with running(tmp_path_factory.mktemp("conv"), "Conv") as kernel:
+        yield kernel
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def lab(session: Running) -> AsyncIterator[LabServer]:
+    async with LabServer(session.target) as server:
+        yield server
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    async with chromium() as instance:
+        yield instance
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def page(lab: LabServer, browser: Browser) -> AsyncIterator[LabPage]:
+    async with lab_page(lab.url, browser) as opened:
+        yield opened
+
+
+# -- JupyterLab in a browser ---------------------------------------------------------------
+
+
+async def test_lab_and_session_share_variables(session: Running, page: LabPage) -> None:
+    await session.run("shared = 41")
+    assert await page.run("shared + 1") == "42"
+    await page.run("from_lab = [1, 2]")
+    assert await session.eval("from_lab") == "[1, 2]"
+
+
+async def test_a_cell_of_several_lines_is_typed_as_it_is(page: LabPage) -> None:
+    assert (
+        await page.run('for i in range(2):\n    if i:\n        print("({[", i)\n    print("end")') == "end\n({[ 1\nend"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wait", "error"),
+    [
+        ("import time; time.sleep(60)", "KeyboardInterrupt"),
+        ("while True: pass", "KeyboardInterrupt"),
+        # An interrupt alone does not wake this one (ipykernel #881).
+        ("import asyncio; await asyncio.sleep(60)", "CancelledError|KeyboardInterrupt"),
+    ],
+)
+async def test_stop_ends_a_running_cell(page: LabPage, wait: str, error: str) -> None:
+    await page.start(f"print('going')\n{wait}")
+    await expect(page.cell.locator(".jp-OutputArea-output").first).to_have_text("going")
+    await page.stop()
+    assert re.search(error, await page.finished())
+
+
+async def test_restart_kernel_restarts_the_sessions_kernel(session: Running, page: LabPage) -> None:
+    await session.run("before_restart = 1\nimport os\nwith open('pid', 'w') as f: f.write(str(os.getpid()))")
+    old = int((session.target.connection_file.parent / "pid").read_text())
+    await page.menu("Kernel", "Restart Kernel…", confirm="Restart")
+    await until(lambda: not alive(old))
+    await page.ready()
+    assert "NameError" in await page.run("before_restart")
+    assert session.process.returncode is None
+    await session.run("after_restart = 5")
+    assert await page.run("after_restart") == "5"
+
+
+@pytest.mark.parametrize(
+    ("menu", "item", "confirm"),
+    [
+        ("Kernel", "Shut Down Kernel", None),
+        ("Kernel", "Shut Down All Kernels…", "Shut Down All"),
+        ("File", "Close and Shut Down Notebook", "Ok|OK|Shut Down"),
+    ],
+)
+async def test_shutting_down_in_lab_detaches(
+    session: Running, lab: LabServer, page: LabPage, menu: str, item: str, confirm: str | None
+) -> None:
+    await session.run(f"kept = {item!r}")
+    await page.menu(menu, item, confirm=confirm)
+    await until(lambda: get(lab, "/api/kernels") == [])
+    assert await session.eval("kept") == repr(item)
+    # And Lab attaches again.
+    await page.page.goto(lab.url)
+    await page.ready()
+    assert await page.run("kept") == repr(item)
+
+
+async def test_lab_killed_leaves_the_session_alive(session: Running, browser: Browser) -> None:
+    async with LabServer(session.target) as server:
+        async with lab_page(server.url, browser) as opened:
+            await opened.run("survivor = 'x'")
+            os.killpg(server.pid, signal.SIGKILL)
+            await server.wait()
+    assert await session.eval("survivor") == "'x'"
+
+
+# -- the server ----------------------------------------------------------------------------
+
+
+def request(server: LabServer, method: str, path: str, body: object = None) -> object:
+    """Lab's REST interface with its token, as a script in one of its pages could use it."""
+    base, _, query = server.url.partition("/lab/tree/")
+    token = query.partition("token=")[2].partition("&")[0]
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Authorization": f"token {token}"}
+    with urlopen(Request(base + path, data=data, method=method, headers=headers), timeout=20) as reply:
+        return json.loads(reply.read() or b"null")
+
+
+def get(server: LabServer, path: str) -> object:
+    return request(server, "GET", path)
+
+
+async def test_lab_offers_nothing_of_the_host(lab: LabServer) -> None:
+    specs = await asyncio.to_thread(get, lab, "/api/kernelspecs")
+    assert isinstance(specs, dict)
+    assert list(specs["kernelspecs"]) == [specs["default"]] == ["sandbox-conv-1"]
+    for method, path, body in [
+        ("POST", "/api/kernels", {"name": "python3"}),
+        ("POST", "/api/sessions", {"name": "", "path": "x.ipynb", "type": "notebook", "kernel": {"name": "python3"}}),
+        ("POST", "/api/terminals", {}),
+        ("GET", "/api/contents/..%2fkernel.json", None),
+        ("GET", "/lsp/status", None),
+        ("POST", "/lab/api/extensions", {"cmd": "install", "extension_name": "ipympl"}),
+    ]:
+        with pytest.raises(HTTPError):
+            print(path, await asyncio.to_thread(request, lab, method, path, body))
+
+
+async def test_lab_ends_with_its_processes_and_files(session: Running) -> None:
+    async with LabServer(session.target) as server:
+        home = Path(os.readlink(f"/proc/{server.pid}/fd/1")).parent
+        assert home.is_dir()
+        assert b"token=" not in Path(f"/proc/{server.pid}/cmdline").read_bytes()
+        await asyncio.to_thread(request, server, "POST", "/api/kernels", {"name": session.target.kernel_name})
+        await session.run("kept = 7")
+    assert not alive(server.pid)
+    assert not home.exists()
+    assert await session.eval("kept") == "7"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_ends_lab_and_not_the_session(session: Running, number: signal.Signals) -> None:
+    script = f"""
+import asyncio, sys
+from pathlib import Path
+from sandbox_kernel.lab import LabServer, LabTarget
+target = LabTarget(
+    "Conv",
+    Path({str(session.target.connection_file)!r}),
+    Path({str(session.target.notebook_dir)!r}),
+    pid={session.process.pid},
+)
+async def main():
+    async with LabServer(target) as lab:
+        print(lab.pid, flush=True)
+        await lab.wait()
+try:
+    asyncio.run(main())
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    pid = int(await process.stdout.readline())
+    process.send_signal(number)
+    assert await process.wait() == (130 if number == signal.SIGINT else 0)
+    assert not alive(pid)
+    assert await session.eval("1 + 1") == "2"
+
+
+async def test_a_taken_port_is_named_with_labs_own_words(session: Running, lab: LabServer) -> None:
+    with pytest.raises(KernelStartError, match=f"{lab.port}.*in use"):
+        async with LabServer(session.target, port=lab.port):
+            pass
+
+
+# -- other Jupyter programs through the kernelspec -----------------------------------------
+
+
+@pytest.fixture
+def specs(session: Running, tmp_path: Path) -> KernelSpecManager:
+    write_kernelspec(session.target, tmp_path)
+    manager = KernelSpecManager()
+    manager.kernel_dirs = [str(tmp_path / "kernels")]
+    return manager
+
+
+async def test_nbclient_attaches_and_detaches(session: Running, specs: KernelSpecManager) -> None:
+    await session.run("shared = 20")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("from_nbclient = shared + 1\nfrom_nbclient")])
+    manager = AsyncKernelManager(kernel_name=session.target.kernel_name, kernel_spec_manager=specs)
+    await NotebookClient(notebook, km=manager).async_execute()
+    assert notebook.cells[0].outputs[0]["data"]["text/plain"] == "21"
+    assert await session.eval("from_nbclient") == "21"
+
+
+async def test_a_blocking_manager_attaches_restarts_and_detaches(session: Running, specs: KernelSpecManager) -> None:
+    def use() -> str:
+        manager = KernelManager(kernel_name=session.target.kernel_name, kernel_spec_manager=specs)
+        manager.start_kernel()
+        assert manager.is_alive()
+        manager.restart_kernel()
+        client = manager.client()
+        client.start_channels()
+        try:
+            return str(client.execute("blocking = 1", reply=True, timeout=20)["content"]["status"])
+        finally:
+            client.stop_channels()
+            manager.shutdown_kernel()
+
+    await session.run("kept = 1")
+    assert await asyncio.to_thread(use) == "ok"
+    assert await session.eval("kept") == "NameError"
+    assert await session.eval("blocking") == "1"
+
+
+async def test_over_tcp_and_a_dead_session_is_seen(tmp_path: Path) -> None:
+    async with running(tmp_path / "tcp", "tcp", transport="tcp") as kernel:
+        write_kernelspec(kernel.target, tmp_path)
+        specs = KernelSpecManager()
+        specs.kernel_dirs = [str(tmp_path / "kernels")]
+        manager = AsyncKernelManager(kernel_name="sandbox-tcp", kernel_spec_manager=specs)
+        await kernel.run("kept = 3")
+        await manager.start_kernel()
+        await manager.shutdown_kernel()
+        assert await kernel.eval("kept") == "3"
+        manager = AsyncKernelManager(kernel_name="sandbox-tcp", kernel_spec_manager=specs)
+        await manager.start_kernel()
+        kernel.process.kill()
+        await kernel.process.wait()
+        assert not await manager.is_alive()
+        await manager.shutdown_kernel()
+        with pytest.raises(SessionClosed, match="start it again"):
+            await AsyncKernelManager(kernel_name="sandbox-tcp", kernel_spec_manager=specs).start_kernel()
+
+
+# -- files and texts -----------------------------------------------------------------------
+
+
+async def test_kernelspec_names_keep_sessions_apart(tmp_path: Path) -> None:
+    ids = ["conv", "Conv", "cOnv", "CONV", "conv-1", "a.b_C-9"]
+    names = [LabTarget(name, tmp_path, tmp_path, pid=1).kernel_name for name in ids]
+    assert len({name.lower() for name in names}) == len(ids)
+    assert names[0] == "sandbox-conv"
+
+
+async def test_the_notebook_is_made_once_and_valid(tmp_path: Path) -> None:
+    target = LabTarget("conv", tmp_path / "k.json", tmp_path / "deep" / "folder", pid=1)
+    path = write_notebook(target)
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == target.kernel_name
+    path.write_text("mine")
+    assert write_notebook(target).read_text() == "mine"
+
+
+async def test_a_missing_or_foreign_connection_file_is_named(tmp_path: Path) -> None:
+    target = LabTarget("conv", tmp_path / "k.json", tmp_path, pid=1)
+    with pytest.raises(ConnectionFileError, match=r"k\.json.*start it again"):
+        write_kernelspec(target, tmp_path)
+    for content in ("{", "[]", "{}", '{"shell_port": 1}'):
+        target.connection_file.write_text(content)
+        with pytest.raises(ConnectionFileError, match=r"k\.json is not a kernel's connection file"):
+            write_kernelspec(target, tmp_path)
+
+
+async def test_a_target_names_whom_to_restart(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="container_id or pid"):
+        LabTarget("conv", tmp_path, tmp_path)
+    with pytest.raises(SettingsError, match="container_id or pid"):
+        LabTarget("conv", tmp_path, tmp_path, container_id="c", pid=1)
+
+
+async def test_how_to_attach_names_every_way(tmp_path: Path) -> None:
+    target = LabTarget("conv", tmp_path / "kernel-conv.json", tmp_path, pid=1)
+    text = how_to_attach(target, url="http://127.0.0.1:1/lab")
+    for part in ("session conv", "http://127.0.0.1:1/lab", "--existing kernel-conv.json", "exit(keep_kernel=True)"):
+        assert part in text
