@@ -4,9 +4,6 @@ Everything below ``artifacts/`` and ``state/`` is hostile: reached from a direct
 never through a link, regular files only, bounded, and looked at again after it was opened.
 """
 
-# pathlib has no descriptors, and a path that is looked up twice is two files.
-# ruff: noqa: PTH102, PTH105, PTH108, PTH115, PTH211
-
 from __future__ import annotations
 
 import errno
@@ -105,7 +102,7 @@ def _open_checked(parent: int, name: bytes, shown: str, max_bytes: int | None, f
     if name in (b"", b".", b"..") or b"\0" in name:
         raise UntrustedPath(f"{shown!r} is not a plain relative path")
     # Looked at first: opening a device may already do something.
-    before = os.lstat(name, dir_fd=parent)
+    before = os.stat(name, dir_fd=parent, follow_symlinks=False)
     reason = refusal_of(before)
     if reason is not None and not (finish_adopted and adopted(before)):
         raise UntrustedPath(f"{shown!r} is {reason}")
@@ -130,6 +127,23 @@ def _open_checked(parent: int, name: bytes, shown: str, max_bytes: int | None, f
         os.close(fd)
         raise
     return fd
+
+
+def remove_untrusted(dir_fd: int, path: str, identity: tuple[int, ...]) -> bool:
+    """Unlink ``path`` below ``dir_fd`` if it is still the file of that :func:`file_identity`; whether it was."""
+    try:
+        parent, name = open_parent(dir_fd, path)
+    except (FileNotFoundError, UntrustedPath):
+        return False
+    try:
+        if file_identity(os.stat(name, dir_fd=parent, follow_symlinks=False)) != identity:
+            return False
+        os.unlink(name, dir_fd=parent)
+    except FileNotFoundError:
+        return False
+    finally:
+        os.close(parent)
+    return True
 
 
 def read_untrusted(dir_fd: int, path: bytes | str, *, max_bytes: int) -> bytes:

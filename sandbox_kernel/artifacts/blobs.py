@@ -1,0 +1,199 @@
+"""The blobs: files named by the SHA-256 of their bytes, and the room where they are made.
+
+    blobs/ab/<sha256>     complete, synced, never written again
+    tmp/<owner>/          of one living process; `.lock` is flocked by it
+
+A blob gets its name only after its bytes are on the disk, so that what bears a name can be trusted after a power cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import itertools
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from sandbox_kernel.untrusted import FOLDER
+
+_SYNC_EACH = 8
+"""Up to so many new blobs are synced one by one; above, the whole file system at once."""
+_LINK = re.compile(r"link-(\d+)-(\d+)-([0-7]+)-\d+")
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class BlobFolder:
+    """``blobs/`` and ``tmp/`` below one root. Thread-safe; any number of processes may share the root."""
+
+    def __init__(self, root: Path) -> None:
+        """Makes the folders and clears what dead processes left in ``tmp/``. Raises OSError."""
+        self.root = root
+        self.blobs = root / "blobs"
+        self._tmp_root = root / "tmp"
+        for folder in (root, self.blobs, self._tmp_root):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.device = root.stat().st_dev
+        self._prefixes = {entry.name for entry in self.blobs.iterdir()}
+        self._numbers = itertools.count()
+        with self.exclusive():
+            self._recover()
+            self._tmp = self._tmp_root / f"{os.getpid()}-{secrets.token_hex(4)}"
+            self._tmp.mkdir(mode=0o700)
+            self._lock_fd = os.open(self._tmp / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+        self.tmp_fd = os.open(self._tmp, FOLDER)
+
+    def close(self) -> None:
+        """Remove this process's room in ``tmp/``."""
+        with self.exclusive():
+            _clear(self._tmp)
+        os.close(self.tmp_fd)
+        os.close(self._lock_fd)
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Only one process at a time is in here (opening, closing, repairing)."""
+        fd = os.open(self._tmp_root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def _recover(self) -> None:
+        for folder in self._tmp_root.iterdir():
+            if not folder.is_dir():
+                continue
+            try:
+                fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # its process lives
+            else:
+                _clear(folder)
+            finally:
+                os.close(fd)
+
+    # -- paths -----------------------------------------------------------------------------
+
+    def path(self, sha256: str) -> Path:
+        return self.blobs / sha256[:2] / sha256
+
+    def exists(self, sha256: str) -> bool:
+        """Whether the blob is there; then its ctime is renewed, so that a repair does not take it for an orphan."""
+        try:
+            os.utime(self.path(sha256))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def all(self) -> Iterator[Path]:
+        """Every blob."""
+        for prefix in sorted(self.blobs.iterdir()):
+            if prefix.is_dir():
+                yield from sorted(prefix.iterdir())
+
+    # -- making ----------------------------------------------------------------------------
+
+    def new_name(self, link_of: os.stat_result | None = None) -> str:
+        """A free name in ``tmp_fd``; that of a hard link remembers whose the file was, for :func:`_clear`."""
+        number = next(self._numbers)
+        if link_of is None:
+            return str(number)
+        return f"link-{link_of.st_uid}-{link_of.st_gid}-{stat.S_IMODE(link_of.st_mode):o}-{number}"
+
+    def create(self) -> tuple[str, int]:
+        """A new file in ``tmp/``: name and write descriptor. Raises OSError."""
+        name = self.new_name()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        return name, os.open(name, flags, 0o400, dir_fd=self.tmp_fd)
+
+    def drop(self, name: str) -> None:
+        """Take a file out of ``tmp/`` again."""
+        _drop(name, self.tmp_fd)
+
+    def place(self, temporary: Iterable[tuple[str, str]]) -> None:
+        """Sync the files ``(name in tmp/, sha256)`` and give them their names. Raises OSError."""
+        files = list(temporary)
+        if not files:
+            return
+        self._sync([(name, self.tmp_fd) for name, _ in files])
+        for name, sha256 in files:
+            if self.exists(sha256):
+                # Not `drop`: an adopted file stays root's until its record is committed and its name is removed.
+                os.unlink(name, dir_fd=self.tmp_fd)
+                continue
+            if sha256[:2] not in self._prefixes:
+                (self.blobs / sha256[:2]).mkdir(mode=0o700, exist_ok=True)
+                self._prefixes.add(sha256[:2])
+            os.rename(name, self.path(sha256), src_dir_fd=self.tmp_fd)
+        self._sync([(str(self.blobs / prefix), None) for prefix in {sha256[:2] for _, sha256 in files}])
+
+    def _sync(self, files: list[tuple[str, int | None]]) -> None:
+        if len(files) > _SYNC_EACH:
+            if _libc.syncfs(self.tmp_fd) != 0:
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number))
+            return
+        for name, dir_fd in files:
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=dir_fd)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def put(self, data: bytes) -> str:
+        """The SHA-256 of ``data``, which is a blob now. Raises OSError."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        if not self.exists(sha256):
+            name, fd = self.create()
+            try:
+                with os.fdopen(fd, "wb") as file:
+                    file.write(data)
+                self.place([(name, sha256)])
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    self.drop(name)
+                raise
+        return sha256
+
+
+def _clear(folder: Path) -> None:
+    """Remove a room in ``tmp/``."""
+    fd = os.open(folder, FOLDER)
+    try:
+        for file in folder.iterdir():
+            if file.name != ".lock":
+                _drop(file.name, fd)
+    finally:
+        os.close(fd)
+    (folder / ".lock").unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _drop(name: str, dir_fd: int) -> None:
+    """Unlink a file of ``tmp/``; a hard link to a kernel's file gives that file back to its owner first."""
+    match = _LINK.fullmatch(name)
+    if match is not None:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        try:
+            if os.fstat(fd).st_uid == 0 == os.geteuid():
+                os.fchown(fd, int(match[1]), int(match[2]))
+                os.fchmod(fd, int(match[3], 8))
+        finally:
+            os.close(fd)
+    os.unlink(name, dir_fd=dir_fd)
+
+
+def store_reason(exc: OSError) -> str:
+    """Why the store could not take something, for a person: ``no space left on device``, ..."""
+    return f"the artifact store cannot take it: {(exc.strerror or str(exc)).lower()}"

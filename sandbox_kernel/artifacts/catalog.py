@@ -1,0 +1,196 @@
+"""The catalog: which artifact is which blob, in SQLite (WAL), shared by all processes that use the store."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sandbox_kernel.errors import ArtifactRefused
+from sandbox_kernel.events import Artifact
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS artifacts (
+    seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, session_id TEXT NOT NULL, path TEXT NOT NULL,
+    version INTEGER NOT NULL, kind TEXT NOT NULL, size_bytes INTEGER NOT NULL, sha256 TEXT NOT NULL,
+    content_type TEXT NOT NULL, execution_count INTEGER, msg_id TEXT, created_at TEXT NOT NULL,
+    source TEXT,              -- identity of the file it was taken from: not taken twice
+    logged INTEGER NOT NULL,  -- 0: the artifacts_created line may be missing
+    UNIQUE (session_id, path, version));
+CREATE INDEX IF NOT EXISTS artifacts_sha256 ON artifacts (sha256);
+CREATE INDEX IF NOT EXISTS artifacts_unlogged ON artifacts (session_id) WHERE logged = 0;
+CREATE TABLE IF NOT EXISTS pictures (sha256 TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS usage (session_id TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL) WITHOUT ROWID;
+"""
+_FIELDS = tuple(name for name in Artifact.model_fields if name != "filename")  # the last part of the path
+_COLUMNS = ", ".join(_FIELDS)
+_INSERT = f"INSERT INTO artifacts ({_COLUMNS}, source, logged) VALUES ({', '.join('?' * (len(_FIELDS) + 2))})"
+
+Row = tuple[Artifact, str | None]
+"""An artifact, its version not yet counted, and the identity of the file it was taken from."""
+
+
+class Catalog:
+    """One SQLite connection, used by any thread, one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens or makes it. Raises sqlite3.DatabaseError when it is corrupt."""
+        self.path = path
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        try:
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")  # a committed row outlives the machine's death
+            self._db.execute("PRAGMA cache_size = -512")
+            self._db.executescript(_SCHEMA)
+            # A truncated file may have a sound first page: look at each table's root.
+            self._db.execute("SELECT max(seq), max(id) FROM artifacts").fetchone()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                except BaseException:
+                    self._db.execute("ROLLBACK")
+                    raise
+                self._db.execute("COMMIT")
+            except sqlite3.OperationalError as exc:
+                with contextlib.suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+                raise ArtifactRefused(f"the artifact store cannot record it: {exc} ({self.path})") from exc
+
+    def _all(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
+
+    # -- artifacts -------------------------------------------------------------------------
+
+    def add(self, rows: Iterable[Row], *, renewed: Iterable[tuple[str, str]] = ()) -> list[Artifact]:
+        """Commit ``rows`` at once, each with the next version of its path; gives them with that version.
+
+        ``renewed``: ``(source, artifact id)`` of artifacts whose file was only touched. Raises ArtifactRefused.
+        """
+        added = []
+        usage: dict[str, int] = {}
+        with self._transaction() as db:
+            for draft, source in rows:
+                (last,) = db.execute(
+                    "SELECT max(version) FROM artifacts WHERE session_id = ? AND path = ?",
+                    (draft.session_id, draft.path),
+                ).fetchone()
+                artifact = draft if last is None else draft.model_copy(update={"version": last + 1})
+                # The whole of an output is named by its code_execution line, not by artifacts_created.
+                db.execute(_INSERT, (*_values(artifact), source, int(artifact.kind == "output")))
+                usage[artifact.session_id] = usage.get(artifact.session_id, 0) + artifact.size_bytes
+                added.append(artifact)
+            db.executemany("UPDATE artifacts SET source = ? WHERE id = ?", renewed)
+            _count(db, usage)
+        return added
+
+    def restore(self, artifacts: Iterable[Artifact]) -> int:
+        """Put back artifacts of a lost catalog, as logged; how many were new."""
+        restored = 0
+        with self._transaction() as db:
+            for artifact in artifacts:
+                cursor = db.execute(_INSERT.replace("INSERT", "INSERT OR IGNORE", 1), (*_values(artifact), None, 1))
+                if cursor.rowcount:
+                    _count(db, {artifact.session_id: artifact.size_bytes})
+                    restored += 1
+        return restored
+
+    def get(self, artifact_id: str) -> Artifact | None:
+        rows = self._all(f"SELECT {_COLUMNS} FROM artifacts WHERE id = ?", (artifact_id,))
+        return _artifact(rows[0]) if rows else None
+
+    def list(self, where: dict[str, Any]) -> list[Artifact]:
+        """The artifacts whose columns equal ``where``, oldest first."""
+        condition = " AND ".join(f"{column} = ?" for column in where) or "1"
+        query = f"SELECT {_COLUMNS} FROM artifacts WHERE {condition} ORDER BY seq"
+        return [_artifact(row) for row in self._all(query, tuple(where.values()))]
+
+    def latest(self, session_id: str, path: str) -> tuple[str, str, str | None] | None:
+        """``(id, sha256, source)`` of the last version taken from a file of that path."""
+        rows = self._all(
+            "SELECT id, sha256, source FROM artifacts WHERE session_id = ? AND path = ? AND kind = 'file'"
+            " ORDER BY version DESC LIMIT 1",
+            (session_id, path),
+        )
+        return rows[0] if rows else None
+
+    def mark_logged(self, ids: Sequence[str]) -> None:
+        with self._transaction() as db:
+            db.executemany("UPDATE artifacts SET logged = 1 WHERE id = ?", [(i,) for i in ids])
+
+    def usage(self, session_id: str) -> int:
+        """Bytes of all artifacts of the session."""
+        rows = self._all("SELECT size_bytes FROM usage WHERE session_id = ?", (session_id,))
+        return int(rows[0][0]) if rows else 0
+
+    # -- blobs -----------------------------------------------------------------------------
+
+    def add_picture(self, sha256: str, size_bytes: int) -> None:
+        """Note a blob that a log refers to and no artifact."""
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO pictures VALUES (?, ?)", (sha256, size_bytes))
+
+    def sizes(self) -> dict[str, int]:
+        """SHA-256 and size of every blob that is referred to."""
+        return dict(self._all("SELECT sha256, size_bytes FROM artifacts UNION SELECT sha256, size_bytes FROM pictures"))
+
+    def sound(self) -> bool:
+        """Whether SQLite finds the file consistent."""
+        try:
+            return self._all("PRAGMA quick_check(1)") == [("ok",)]
+        except sqlite3.DatabaseError:
+            return False
+
+
+def salvage(path: Path) -> Iterator[Artifact]:
+    """The rows that can still be read from a corrupt catalog."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
+            for row in db.execute(f"SELECT {_COLUMNS} FROM artifacts"):
+                with contextlib.suppress(ValueError):
+                    yield _artifact(row)
+    except sqlite3.DatabaseError:
+        return
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a corrupt catalog with its side files; never deletes it. Gives the new name."""
+    aside = path.with_name(f"{path.name}.corrupt-{time.time_ns()}")
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
+    return aside
+
+
+def _count(db: sqlite3.Connection, usage: dict[str, int]) -> None:
+    db.executemany(
+        "INSERT INTO usage VALUES (?, ?) ON CONFLICT DO UPDATE SET size_bytes = size_bytes + excluded.size_bytes",
+        usage.items(),
+    )
+
+
+def _values(artifact: Artifact) -> tuple[Any, ...]:
+    fields = artifact.model_dump(mode="json")
+    return tuple(fields[name] for name in _FIELDS)
+
+
+def _artifact(row: tuple[Any, ...]) -> Artifact:
+    fields = dict(zip(_FIELDS, row, strict=True))
+    return Artifact(filename=fields["path"].rpartition("/")[2], **fields)
