@@ -27,6 +27,10 @@ DEFAULT_ENDPOINT = "unix:///var/run/docker.sock"
 LOG = Path("/var/log/sandbox-kernel-dockerd.log")
 PACKAGES = ("docker.io", "iptables")
 START_TIMEOUT_S = 60.0
+_PID_FILES = (
+    (Path("/var/run/docker.pid"), "dockerd"),
+    (Path("/var/run/docker/containerd/containerd.pid"), "containerd"),
+)
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -142,11 +146,22 @@ def _start_daemon() -> None:
 
 
 def _daemon_alive() -> bool:
+    """Whether the pid files name living daemons; those that name nobody, or somebody else, are removed.
+
+    A daemon that was killed leaves them, and where the pid is in use again dockerd takes that process for a daemon.
+    """
+    return [_owner_lives(pid_file, name) for pid_file, name in _PID_FILES][0]
+
+
+def _owner_lives(pid_file: Path, name: str) -> bool:
     try:
-        os.kill(int(Path("/var/run/docker.pid").read_text()), 0)
+        pid = int(pid_file.read_text())
+        if Path(f"/proc/{pid}/comm").read_text().strip() == name:
+            return True
     except (OSError, ValueError):
-        return False
-    return True
+        pass
+    pid_file.unlink(missing_ok=True)
+    return False
 
 
 def _await_engine() -> EngineStatus:

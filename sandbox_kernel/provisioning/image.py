@@ -7,6 +7,7 @@ registry), and the build. The image carries the hash of its recipe, so that an u
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.resources
 import io
@@ -242,3 +243,22 @@ def _inspect(client: docker.APIClient, name: str) -> dict[str, Any] | None:
         except docker.errors.ImageNotFound:
             return None
         return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: make sure of ``sandbox:latest``; exit code 0 when it is there and current."""
+    parser = argparse.ArgumentParser(prog="python -m sandbox_kernel.provisioning.image", description=main.__doc__)
+    parser.add_argument("--tag", default=TAG)
+    parser.add_argument("--base", help="an image with Python 3.13 to build upon")
+    parser.add_argument("--force", action="store_true", help="build a current image again")
+    arguments = parser.parse_args(argv)
+    try:
+        build_image(arguments.tag, base=arguments.base, force=arguments.force)
+    except EngineError as exc:
+        print(exc, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
