@@ -1,2 +1,288 @@
-"""placeholder"""
-def load_ipython_extension(shell): pass
+"""The kernel-side hook: ``python_state.json`` after every cell and ``cells.jsonl`` around it, off the reply's path.
+
+An IPython extension, loaded by ``launch.py``. It wraps three methods of this one kernel object (nothing global):
+
+- ``dispatch_shell``: when the original has returned, reply and idle are on their way; the cell's end goes to the journal
+  and a timer is armed. The next request disarms it.
+- the ``execute_request`` handler and ``finish_metadata``: who asked for which cell, and how it ended.
+
+The timer's tick describes the namespace in small slices, gives way to a request that arrives meanwhile, and runs
+regardless when the state file has lagged for a second. Nothing here raises into a cell: a folder that cannot be
+written costs one line in the container's log.
+"""
+
+import asyncio
+import json
+import os
+import re
+import select
+import sys
+import threading
+import time
+import types
+from contextvars import ContextVar
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
+
+from .cells import Cell, Journal, now, replace
+from .describe import SMALL, Describer, clean, is_kind
+from .imports import Imports
+
+STATE = "python_state.json"
+KEPT = 2_000
+"""Variables described; of more, the newest."""
+MAX_BYTES = 2_000_000
+"""Of the state file."""
+DELAY_S = 0.002
+"""From a request's end to the first slice: by then the thread that sends the idle message has had the GIL."""
+SLICE_S = 0.0005
+LAG_S = 1.0
+STEP = 30
+"""Variables between two looks at the clock and at the shell socket."""
+
+_IPYTHON = re.compile(r"_(\d+|_{0,2}|i{1,3}|i\d+|[iod]h|exit_code)|__\w+__")
+"""Names that IPython and Python keep in the namespace themselves."""
+_IMMUTABLE = frozenset(map(id, (type(None), bool, int, float, complex, str, bytes)))
+_cell: "ContextVar[Optional[Cell]]" = ContextVar("sandbox_kernel_cell", default=None)
+
+
+class Hook:
+    """State and journal of one kernel; all but the journal's lines happens in the main thread."""
+
+    def __init__(self, shell: Any, kernel: Any, state_dir: str, mask: bool, secrets: List[str]) -> None:
+        self.shell = shell
+        self.kernel = kernel
+        self.path = os.path.join(state_dir, STATE)
+        self.journal = Journal(state_dir)
+        self.describer = Describer(secrets, mask)
+        self.imports = Imports()
+        self.main = threading.get_ident()
+        self.loop: Optional[asyncio.AbstractEventLoop] = None
+        self.log_fd: int = getattr(sys.stderr, "_original_stdstream_copy", 2)
+        self.said: Set[str] = set()
+        self.busy = 0
+        self.timer: Optional[asyncio.TimerHandle] = None
+        self.slices: Optional[Iterator[None]] = None
+        self.lagging_since: Optional[float] = None
+        self.last: Dict[str, Any] = {"execution_count": 0, "msg_id": None}
+        self.ended: List[Tuple[str, Optional[int]]] = []
+        self.cache: Dict[str, Tuple[Any, str]] = {}
+        self.poll = self._shell_poll()
+
+    def say(self, text: str) -> None:
+        """One line in the container's log, once."""
+        if text not in self.said and len(self.said) < 100:
+            self.said.add(text)
+            try:
+                os.write(self.log_fd, f"sandbox-kernel: {text}\n".encode("utf-8", "backslashreplace"))
+            except OSError:
+                pass
+
+    def install(self) -> None:
+        """Wrap the kernel's methods, and leave an empty state file so that there is one from the beginning."""
+        kernel, shell = self.kernel, self.shell
+        dispatch, execute, finish = kernel.dispatch_shell, kernel.shell_handlers["execute_request"], kernel.finish_metadata
+        run_code = shell.run_code
+
+        async def dispatch_shell(msg: Any, *args: Any, **kwargs: Any) -> Any:
+            main = threading.get_ident() == self.main and not kwargs.get("concurrent")
+            if main:
+                self._begin()
+            if not kwargs.get("concurrent"):
+                _cell.set(None)
+            try:
+                return await dispatch(msg, *args, **kwargs)
+            finally:
+                cell = None if kwargs.get("concurrent") else _cell.get()
+                if cell is not None:
+                    self._cell_ended(cell)
+                if main:
+                    self.busy -= 1
+                    self._arm(DELAY_S)
+                elif cell is not None and self.loop is not None:  # a subshell's thread
+                    self.loop.call_soon_threadsafe(self._arm, DELAY_S)
+
+        def execute_request(stream: Any, ident: Any, parent: Dict[str, Any]) -> Any:
+            if not parent["content"].get("silent"):
+                self._cell_started(parent)
+            return execute(stream, ident, parent)
+
+        def finish_metadata(parent: Dict[str, Any], metadata: Any, reply: Dict[str, Any]) -> Any:
+            cell = _cell.get()
+            if cell is None and reply.get("status") == "aborted" and not parent["content"].get("silent"):
+                cell = Cell(parent, None, self.describer.hide)
+                _cell.set(cell)
+            if cell is not None and cell.entry["msg_id"] == parent["header"].get("msg_id"):
+                cell.end(reply, self.describer.hide)
+            return finish(parent, metadata, reply)
+
+        def run_code_watched(code: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                self.imports.before(code)
+            except Exception as exc:
+                self.say(f"imports are not tracked exactly: {type(exc).__name__}: {exc}")
+            return run_code(code, *args, **kwargs)
+
+        kernel.dispatch_shell = dispatch_shell
+        kernel.shell_handlers["execute_request"] = execute_request
+        kernel.finish_metadata = finish_metadata
+        shell.run_code = run_code_watched
+        self._write([], 0)
+
+    # --- around a cell -------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """A request begins: what we had to do can wait, unless it has waited long."""
+        self.busy += 1
+        self.loop = self.loop or asyncio.get_running_loop()
+        if self.timer is not None:
+            self.timer.cancel()
+        self.slices = None
+
+    def _cell_started(self, parent: Dict[str, Any]) -> None:
+        cell = Cell(parent, self.kernel.execution_count, self.describer.hide)
+        _cell.set(cell)
+        self._note(cell.entry)
+
+    def _cell_ended(self, cell: Cell) -> None:
+        self._note(cell.ended())
+        self.last = {"execution_count": cell.entry["execution_count"] or self.last["execution_count"], "msg_id": cell.entry["msg_id"]}
+        result = getattr(self.shell, "last_execution_result", None)
+        source = getattr(getattr(result, "info", None), "transformed_cell", None) or cell.entry["code"]
+        if "import" in source:
+            self.ended.append((source, _failed_at(result, self.shell.user_ns)))
+        if self.lagging_since is None:
+            self.lagging_since = time.monotonic()
+
+    def _note(self, entry: Dict[str, Any]) -> None:
+        try:
+            self.journal.append(entry)
+        except (OSError, ValueError) as exc:
+            self.say(f"cannot write {self.journal.path}: {exc}")
+
+    # --- between cells -------------------------------------------------------------------------
+
+    def _shell_poll(self) -> Optional[Any]:
+        """A poll of the descriptor behind the shell socket. Its ``EVENTS`` are never read: that may eat the edge."""
+        try:
+            import zmq
+
+            poll = select.poll()
+            poll.register(self.kernel.shell_stream.socket.getsockopt(zmq.FD), select.POLLIN)
+            return poll
+        except Exception as exc:
+            self.say(f"cannot see requests arrive ({type(exc).__name__}: {exc}); giving way between slices only")
+            return None
+
+    def _arm(self, delay: float) -> None:
+        if self.lagging_since is None or self.busy or self.loop is None:
+            return
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = self.loop.call_later(delay, self._tick)
+
+    def _tick(self) -> None:
+        if self.busy or self.lagging_since is None:
+            return
+        overdue = time.monotonic() - self.lagging_since > LAG_S
+        until = time.perf_counter() + SLICE_S
+        try:
+            if self.slices is None:
+                self.slices = self._describe_all()
+            for _ in self.slices:
+                if overdue:
+                    continue
+                if self.poll is not None and self.poll.poll(0):
+                    self.slices = None
+                    self._arm(DELAY_S)
+                    return
+                if time.perf_counter() > until:
+                    self._arm(0)
+                    return
+        except Exception as exc:
+            self.say(f"cannot write {self.path}: {type(exc).__name__}: {exc}")
+        self.slices = None
+        self.lagging_since = None
+
+    def _describe_all(self) -> Iterator[None]:
+        """Describe every variable and write the file; yields after each few."""
+        namespace, hidden = self.shell.user_ns, self.shell.user_ns_hidden
+        self.describer.learn()
+        while self.ended:
+            self.imports.after(*self.ended.pop(0), namespace)
+            yield
+        self.imports.after("", None, namespace)
+        names: List[str] = []
+        modules: Dict[int, types.ModuleType] = {}
+        history = getattr(self.shell, "history_manager", None)
+        caches = [getattr(history, "input_hist_parsed", None), getattr(history, "output_hist", None)]
+        for i, name in enumerate(list(namespace)):
+            if type(name) is str and not _IPYTHON.fullmatch(name):
+                value = namespace.get(name)
+                if is_kind(type(value), types.ModuleType):
+                    if name not in hidden:
+                        modules[id(value)] = value
+                elif not (name in hidden and hidden[name] is value) and not any(value is cache for cache in caches):
+                    names.append(name)
+            if i % (8 * STEP) == 0:
+                yield
+        fragments: List[str] = []
+        cache: Dict[str, Tuple[Any, str]] = {}
+        size = 0
+        for i, name in enumerate(names[-KEPT:]):
+            value = namespace.get(name)
+            cached = self.cache.get(name)
+            if cached is not None and cached[0] is value:
+                fragment = cached[1]
+            else:
+                fragment = f"{json.dumps(clean(name[:SMALL]))}: {json.dumps(self.describer.describe(name, value))}"
+            if id(type(value)) in _IMMUTABLE and len(fragment) <= 2 * SMALL:
+                cache[name] = (value, fragment)
+            size += len(fragment)
+            if size > MAX_BYTES - 100_000:
+                break
+            fragments.append(fragment)
+            if i % STEP == STEP - 1:
+                yield
+        del value
+        self.cache = cache
+        self._write(fragments, len(names), self.imports.names(modules))
+        if self.journal.too_long:
+            yield
+            self.journal.rotate()
+
+    def _write(self, fragments: List[str], count: int, modules: Optional[List[str]] = None) -> None:
+        head: Dict[str, Any] = {"timestamp": now(), **self.last}
+        if count > len(fragments):
+            head["variable_count"] = count
+        text = json.dumps(head)[:-1] + ',\n"variables": {\n' + ",\n".join(fragments) + "\n},\n"
+        text += f'"imported_modules": {json.dumps([clean(name[:SMALL]) for name in modules or []])}}}\n'
+        try:
+            replace(self.path, text.encode("ascii"))
+        except OSError as exc:
+            self.say(f"cannot write {self.path}: {exc}")
+
+
+def _failed_at(result: Any, namespace: Dict[str, Any]) -> Optional[int]:
+    """The cell's line that raised; 0 when none can be named (it did not compile); ``None`` when the cell succeeded."""
+    error = getattr(result, "error_in_exec", None)
+    if error is None:
+        return None if getattr(result, "error_before_exec", None) is None else 0
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals is namespace:
+            return int(trace.tb_lineno)
+        trace = trace.tb_next
+    return 0
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Called by IPython when the kernel starts, before it serves requests."""
+    kernel = getattr(shell, "kernel", None)
+    options = shell.config.SandboxHook if kernel is not None else {}
+    if options.get("trims"):
+        from . import trims
+
+        trims.apply(shell, kernel)
+    if options.get("state_dir"):
+        hook = Hook(shell, kernel, options["state_dir"], options["mask_secrets"], options.get("secrets", []))
+        hook.install()

@@ -216,10 +216,12 @@ def run_kernel(options: Options, connection_file: str) -> None:
         pass
     os.environ.pop("JPY_PARENT_PID", None)
     os.environ.update({name: str(value) for name, value in options["env"].items()})
+    secrets: Dict[str, str] = {}
     if options["secrets_file"]:
         try:
             with open(options["secrets_file"], encoding="utf-8") as file:
-                os.environ.update({name: str(value) for name, value in json.load(file).items()})
+                secrets = {name: str(value) for name, value in json.load(file).items()}
+            os.environ.update(secrets)
         except (OSError, ValueError, AttributeError) as exc:
             say(f"secrets are missing: cannot read {options['secrets_file']} ({type(exc).__name__})")
     for folder in (options["state_dir"], options["artifacts_dir"]):
@@ -235,17 +237,33 @@ def run_kernel(options: Options, connection_file: str) -> None:
     if "numpy" in sys.modules:  # its global generator was seeded before the fork: each kernel would draw the same numbers
         sys.modules["numpy"].random.seed()
 
+    import zmq
     from ipykernel.kernelapp import IPKernelApp
     from traitlets.config import Config
+
+    class KernelApp(IPKernelApp):  # type: ignore[misc, unused-ignore]
+        """ipykernel's application, with an iopub socket that drops nothing.
+
+        Its high-water mark of 1,000 messages would drop what a cell prints fast, and the idle message with it. The mark
+        must be set before the socket is bound, so as the context's default while this one socket is made.
+        """
+
+        def init_iopub(self, context: Any) -> None:
+            context.setsockopt(zmq.SNDHWM, 0)
+            try:
+                super().init_iopub(context)
+            finally:
+                context.sockopts.pop(zmq.SNDHWM, None)
 
     config = Config()
     config.IPKernelApp.connection_file = connection_file
     config.IPKernelApp.parent_handle = 1  # no poller of a parent, and no advice about Ctrl-C on stdout
     config.IPKernelApp.extra_extensions = [f"{PACKAGE}.hook"]
     config.SandboxHook = Config({name: options[name] for name in ("state_dir", "mask_secrets", "trims")})
+    config.SandboxHook.secrets = list(secrets.values())
     if options["trims"]:
         sys.modules[f"{PACKAGE}.trims"].configure(config)
-    app = IPKernelApp.instance(config=config)
+    app = KernelApp.instance(config=config)
     app.initialize([])
     app.start()
     # A thread of the user's that never ends must not keep a kernel that was asked to exit.
