@@ -54,6 +54,8 @@ class Log:
 
     entries: list[dict[str, Any]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    end: int = 0
+    """Byte at which :func:`follow` goes on: after the last line that has a newline. Only set with a ``limit``."""
 
 
 @dataclass(slots=True)
@@ -252,7 +254,10 @@ def _tail(path: Path, limit: int) -> Log:
         return log
     garbage = 0
     with file:
-        for offset, size, data, ended in _backwards(file, os.fstat(file.fileno()).st_size):
+        log.end = os.fstat(file.fileno()).st_size
+        for offset, size, data, ended in _backwards(file, log.end):
+            if not ended:
+                log.end = offset
             if len(log.entries) >= limit:
                 break
             found = _entry(path.name, f"byte {offset}", size, data, ended)
