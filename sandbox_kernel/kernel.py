@@ -1,0 +1,279 @@
+"""A running kernel, whoever launched it: its sockets, the requests we send, the Feed that reads.
+
+Wire format, signatures and CurveZMQ keys are those of jupyter_client (its ``Session`` does the packing). The sockets
+are our own, read from the event loop without a thread per channel: with no receive limit (``RCVHWM=0``) nothing the
+kernel publishes is dropped here.
+
+A kernel can replace its Unix sockets by links to sockets of the host. So each is opened first with
+``O_PATH | O_NOFOLLOW``, checked, and connected to through that descriptor: what was checked is what is connected to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, cast
+
+import zmq
+from jupyter_client.session import Session as WireSession
+
+from sandbox_kernel.errors import ConnectionFileError, KernelStartError
+from sandbox_kernel.events import CellEvent
+from sandbox_kernel.feed import Cell, Feed, Message
+
+MAX_MESSAGE_BYTES = 256 * 2**20
+"""A larger message from the kernel is refused by zmq (the connection is dropped): it would only fill the host's memory."""
+MESSAGES_PER_TURN = 500
+"""Messages read before other tasks of the event loop get a turn."""
+MAX_SOCKETS = 16_000
+
+
+def _context() -> zmq.Context[zmq.Socket[bytes]]:
+    context = zmq.Context.instance()
+    with suppress(zmq.ZMQError):
+        if cast(int, context.get(zmq.MAX_SOCKETS)) < MAX_SOCKETS:
+            context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+    return context
+
+
+@contextmanager
+def _translated(info: dict[str, Any]) -> Iterator[None]:
+    """zmq's errors as ours."""
+    try:
+        yield
+    except zmq.ZMQError as exc:
+        raise KernelStartError(f"cannot connect to the kernel at {info.get('ip')}: {exc}") from exc
+
+
+class Channel:
+    """One zmq socket on the event loop. zmq's descriptor is edge-triggered: after each wake-up and each send it is read dry."""
+
+    def __init__(self, socket: zmq.Socket[bytes], wire: WireSession, deliver: Callable[[Message], None]) -> None:
+        self._socket = socket
+        self._wire = wire
+        self._deliver = deliver
+        self._loop = asyncio.get_running_loop()
+        self._fd = cast(int, socket.getsockopt(zmq.FD))
+        self._open = True
+        self.unreadable = 0
+        """Messages that were no valid message (bad signature, not JSON): counted and dropped."""
+        self._loop.add_reader(self._fd, self.read)
+
+    def send(self, message: Message) -> None:
+        self._wire.send(self._socket, message)
+        # The send may have consumed the edge of a message that came meanwhile.
+        self._loop.call_soon(self.read)
+
+    def read(self) -> None:
+        for _ in range(MESSAGES_PER_TURN):
+            if not self._open:
+                return
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            except zmq.ZMQError:
+                return
+            try:
+                _, parts = self._wire.feed_identities(frames)
+                message = self._wire.deserialize(parts)
+                if not isinstance(message.get("content"), dict):
+                    raise ValueError("content is no object")
+            except Exception:  # whatever a hostile kernel sends, the reader goes on
+                self.unreadable += 1
+                continue
+            self._deliver(message)
+        self._loop.call_soon(self.read)
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._loop.remove_reader(self._fd)
+            self._socket.close(linger=0)
+
+
+class Kernel:
+    """The client side of one running kernel process. A restarted kernel is a new ``Kernel``.
+
+    ``info``: the connection info (https://jupyter-client.readthedocs.io/en/stable/kernels.html#connection-files),
+    with jupyter_client's ``curve_publickey``/``curve_secretkey`` where the kernel speaks CurveZMQ.
+    """
+
+    def __init__(self, info: dict[str, Any], *, client_session: str, username: str = "sandbox-kernel") -> None:
+        key = info.get("key", b"")
+        self._info = info
+        self._wire = WireSession(
+            key=key if isinstance(key, bytes) else str(key).encode(),
+            signature_scheme=info.get("signature_scheme") or "hmac-sha256",
+            username=username,
+            session=client_session,
+        )
+        self._channels: dict[str, Channel] = {}
+        self._pins: list[int] = []
+        self._replies: dict[str, asyncio.Future[Message]] = {}
+        self._feed: Feed | None = None
+        self._welcome: asyncio.Future[None] | None = None
+        self.on_status: Callable[[str, Message], None] | None = None
+        """Called with each ``status`` that belongs to no cell of the Feed, e.g. ``starting``."""
+
+    # -- life ------------------------------------------------------------------------------
+
+    async def connect(self, feed: Feed, *, timeout: float) -> Message:
+        """Open the channels and wait for the iopub subscription and the kernel_info reply, whose content is returned.
+
+        Raises KernelStartError when nothing answers within ``timeout`` seconds.
+        """
+        loop = asyncio.get_running_loop()
+        self._feed = feed
+        self._welcome = loop.create_future()
+        try:
+            with _translated(self._info):
+                self._open("iopub", zmq.SUB, self._on_iopub)
+                self._open("shell", zmq.DEALER, self._on_shell)
+                self._open("control", zmq.DEALER, self._on_control)
+            async with asyncio.timeout(timeout):
+                reply = await self.request("shell", "kernel_info_request")
+                # ipykernel >= 7 welcomes a subscriber (JEP 65); an older kernel's busy/idle for the request proves it as well.
+                while not self._welcome.done():
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(asyncio.shield(self._welcome), 0.25)
+                    if not self._welcome.done():
+                        await self.request("shell", "kernel_info_request")
+        except BaseException as exc:
+            self.close()
+            if isinstance(exc, TimeoutError):
+                raise KernelStartError(f"the kernel did not answer within {timeout:g} s") from exc
+            raise
+        return cast(Message, reply["content"])
+
+    def close(self) -> None:
+        """Close the channels; the kernel itself is not touched."""
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
+        for pin in self._pins:
+            os.close(pin)
+        self._pins.clear()
+        for future in self._replies.values():
+            future.cancel()
+        self._replies.clear()
+
+    def _open(self, name: str, kind: int, deliver: Callable[[Message], None]) -> None:
+        socket = _context().socket(kind)
+        try:
+            socket.linger = 0
+            socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+            socket.setsockopt(zmq.RCVHWM, 0)
+            if kind == zmq.SUB:
+                socket.setsockopt(zmq.SUBSCRIBE, b"")
+            else:
+                socket.identity = self._wire.bsession
+            server_key = self._info.get("curve_publickey")
+            if server_key is not None:
+                socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+                socket.curve_serverkey = server_key.encode() if isinstance(server_key, str) else server_key
+            socket.connect(self._address(name))
+        except BaseException:
+            socket.close(linger=0)
+            raise
+        self._channels[name] = Channel(socket, self._wire, deliver)
+
+    def _address(self, name: str) -> str:
+        try:
+            port, ip, transport = self._info[f"{name}_port"], self._info["ip"], self._info.get("transport", "tcp")
+        except KeyError as exc:
+            raise ConnectionFileError(f"the connection info has no {exc}; it is not a kernel's connection file") from exc
+        if transport != "ipc":
+            return f"{transport}://{ip}:{port}"
+        path = Path(f"{ip}-{port}")
+        try:
+            pin = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as exc:
+            raise KernelStartError(f"the kernel's socket {path} is not there: {exc.strerror}") from exc
+        self._pins.append(pin)
+        if not stat.S_ISSOCK(os.fstat(pin).st_mode):
+            raise KernelStartError(f"{path} is not a socket: the kernel replaced it; the session must be restarted")
+        return f"ipc:///proc/self/fd/{pin}"
+
+    # -- requests --------------------------------------------------------------------------
+
+    def message(self, msg_type: str, content: Message | None = None) -> Message:
+        """A new message; its ``header.msg_id`` is known before it is sent."""
+        return cast(Message, self._wire.msg(msg_type, content=content or {}))
+
+    def send_execute(self, message: Message) -> None:
+        """Send an execute_request made with :meth:`message` whose cell the Feed already expects."""
+        self._channels["shell"].send(message)
+
+    async def request(self, channel: str, msg_type: str, content: Message | None = None) -> Message:
+        """Send a request and wait for its reply (no timeout of its own)."""
+        message = self.message(msg_type, content)
+        msg_id = message["header"]["msg_id"]
+        future = self._replies[msg_id] = asyncio.get_running_loop().create_future()
+        self._channels[channel].send(message)
+        try:
+            return await future
+        finally:
+            self._replies.pop(msg_id, None)
+
+    def interrupt(self) -> None:
+        """Ask the kernel to interrupt itself. Returns at once: whether the cell ends is seen in the Feed."""
+        if "control" in self._channels:
+            self._channels["control"].send(self.message("interrupt_request"))
+
+    def request_shutdown(self) -> None:
+        """Ask the kernel to end. Returns at once."""
+        if "control" in self._channels:
+            self._channels["control"].send(self.message("shutdown_request", {"restart": False}))
+
+    async def drain(self) -> None:
+        """Read what a dead kernel's sockets still hold: until nothing comes for 20 ms, at most 2 s."""
+        channel = self._channels.get("iopub")
+        if channel is None:
+            return
+        deadline = asyncio.get_running_loop().time() + 2.0
+        quiet = False
+        while not quiet and asyncio.get_running_loop().time() < deadline:
+            self._heard = False
+            channel.read()
+            await asyncio.sleep(0.02)  # the condition is silence, which only time can show
+            quiet = not self._heard
+
+    _heard = False
+
+    # -- what comes in ---------------------------------------------------------------------
+
+    def _on_shell(self, message: Message) -> None:
+        self._answer(message)
+        if self._feed is not None:
+            self._feed.shell(message)
+
+    def _on_control(self, message: Message) -> None:
+        self._answer(message)
+        if message.get("msg_type") == "interrupt_reply" and "shell" in self._channels:
+            # Wakes a loop that waits in `await asyncio.sleep(...)`: the signal alone does not (ipykernel #881).
+            self._channels["shell"].send(self.message("kernel_info_request"))
+
+    def _answer(self, message: Message) -> None:
+        future = self._replies.get((message.get("parent_header") or {}).get("msg_id", ""))
+        if future is not None and not future.done():
+            future.set_result(message)
+
+    def _on_iopub(self, message: Message) -> None:
+        self._heard = True
+        # Any message proves the subscription, the welcome or the busy of our own request alike.
+        if self._welcome is not None and not self._welcome.done():
+            self._welcome.set_result(None)
+        if message.get("msg_type") == "status" and self.on_status is not None:
+            state = message["content"].get("execution_state")
+            if state in ("starting", "restarting", "dead", "terminating"):
+                self.on_status(str(state), message)
+        if self._feed is not None:
+            self._feed.iopub(message)
+
+
+__all__ = ["Cell", "CellEvent", "Channel", "Kernel"]

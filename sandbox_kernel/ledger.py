@@ -1,0 +1,283 @@
+"""The ledger closes the books on each cell: its artifacts, the whole of its output, its line in the log, its result.
+
+One path for every cell, whoever ran it. Cells are closed one after the other in the order in which they ended;
+``execute()`` returns only after that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+from sandbox_kernel.artifacts.store import ArtifactStore
+from sandbox_kernel.errors import ArtifactError, RecordError, SandboxError
+from sandbox_kernel.events import Artifact, ArtifactCreated, ExecutionResult, Finished, timestamp
+from sandbox_kernel.feed import Cell
+from sandbox_kernel.outputs import Output, for_log
+from sandbox_kernel.record import NoRecorder, Recorder
+
+LATE_QUIET_S = 0.3
+"""Late output (of threads) is logged when nothing more came for so long, or with the next line of the log."""
+LATE_LIMIT = 64_000
+
+
+class Watch(Protocol):
+    """What sees the artifacts of a session: ``artifacts.observer.Observer`` or ``artifacts.remote.RemoteSpool``."""
+
+    def cell_started(self, msg_id: str, execution_count: int | None) -> None: ...
+    async def cell_finished(self, msg_id: str) -> list[Artifact]: ...
+    async def drain(self) -> list[Artifact]: ...
+
+
+class Ledger:
+    """Closes cells of one session. Callbacks of Feed and observer come in here; lines of the log go out."""
+
+    def __init__(
+        self, session_id: str, recorder: Recorder | NoRecorder, store: ArtifactStore, mask: Callable[[str], str] | None
+    ) -> None:
+        self.session_id = session_id
+        self.recorder = recorder
+        self.store = store
+        self.watch: Watch | None = None
+        self._mask = mask
+        self._queue: asyncio.Queue[Cell | None] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+        self._current: Cell | None = None
+        self._held: list[Artifact] | None = None
+        self._late: dict[tuple[str | None, int | None, str], list[str]] = {}
+        self._late_size = 0
+        self._late_timer: asyncio.TimerHandle | None = None
+        self.results: dict[str, asyncio.Future[ExecutionResult]] = {}
+        self.notes: dict[str, dict[str, Any]] = {}
+        """Further fields of a cell's result by msg_id: ``state_preserved``, ``lost_names``, ``death``."""
+        self.on_recorded: Callable[[ExecutionResult], None] | None = None
+        self.failure: SandboxError | None = None
+        """The last line of the record that could not be written; raised to the next caller."""
+
+    # -- life ------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Ledger:
+        self._task = asyncio.create_task(self._run(), name=f"ledger {self.session_id}")
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        """Closes every cell that has ended, then the late output."""
+        self._queue.put_nowait(None)
+        if self._task is not None:
+            await self._task
+        self.flush_late()
+
+    async def _run(self) -> None:
+        while (cell := await self._queue.get()) is not None:
+            future = self.results.pop(cell.msg_id, None)
+            try:
+                result = await self._close(cell)
+            except Exception as exc:  # the caller must hear of it, and the next cell must still be closed
+                if future is not None and not future.done():
+                    future.set_exception(exc)
+                elif isinstance(exc, SandboxError):
+                    self.failure = exc
+                continue
+            if future is not None and not future.done():
+                future.set_result(result)
+            if cell.listener is not None:
+                cell.listener(Finished(msg_id=cell.msg_id, result=result))
+            if self.on_recorded is not None:
+                self.on_recorded(result)
+
+    # -- what Feed and observer tell -------------------------------------------------------
+
+    def started(self, cell: Cell) -> None:
+        self._current = cell
+        if self.watch is not None:
+            self.watch.cell_started(cell.msg_id, cell.execution_count)
+
+    def finished(self, cell: Cell) -> None:
+        self._queue.put_nowait(cell)
+
+    def created(self, artifacts: Sequence[Artifact]) -> None:
+        """Artifacts whose rows are committed: told to the running cell's listener, then to the log."""
+        if self._held is not None:
+            self._held.extend(artifacts)
+        else:
+            self._log_artifacts(artifacts)
+        cell = self._current
+        if cell is not None and cell.listener is not None:
+            for artifact in artifacts:
+                if artifact.msg_id == cell.msg_id:
+                    cell.listener(ArtifactCreated(msg_id=cell.msg_id, artifact=artifact))
+
+    def refused(self, refusals: Sequence[Any]) -> None:
+        """Files that the store does not take: they stay where they are, and the log says why."""
+        for refusal in refusals[:100]:
+            self.append("artifact_refused", path=refusal.path, reason=refusal.reason)
+        if len(refusals) > 100:
+            self.append("artifact_refused", path="...", reason=f"and {len(refusals) - 100} more")
+
+    def late(self, msg_id: str | None, execution_count: int | None, name: str, text: str) -> None:
+        """Output that came after its cell had ended: gathered, then one line per cell and stream."""
+        key = (msg_id, execution_count, name)
+        if key not in self._late and len(self._late) >= 64:
+            self.flush_late()
+        if self._late_size < LATE_LIMIT:
+            self._late.setdefault(key, []).append(text[:LATE_LIMIT])
+            self._late_size += len(text)
+        if self._late_timer is not None:
+            self._late_timer.cancel()
+        loop = asyncio.get_running_loop()
+        self._late_timer = loop.call_later(0 if self._late_size >= LATE_LIMIT else LATE_QUIET_S, self.flush_late)
+
+    def flush_late(self) -> None:
+        if self._late_timer is not None:
+            self._late_timer.cancel()
+            self._late_timer = None
+        late, self._late, self._late_size = self._late, {}, 0
+        for (msg_id, execution_count, name), texts in late.items():
+            self.append(
+                "output_after_cell",
+                msg_id=msg_id,
+                execution_count=execution_count,
+                name=name,
+                text=self._masked("".join(texts)),
+            )
+
+    # -- lines -----------------------------------------------------------------------------
+
+    def append(self, event: str, /, **fields: Any) -> None:
+        """A line whose loss nobody waits for; a failure to write it is raised to the next caller."""
+        try:
+            self.recorder.append(event, **fields)
+        except RecordError as exc:
+            self.failure = exc
+
+    def _log_artifacts(self, artifacts: Sequence[Artifact]) -> None:
+        files = [artifact for artifact in artifacts if artifact.kind != "output"]
+        if not files:
+            return
+        try:
+            self.recorder.artifacts_created(files)
+        except RecordError as exc:
+            self.failure = exc
+            return
+        self.store.mark_logged([artifact.id for artifact in files])
+
+    async def _close(self, cell: Cell) -> ExecutionResult:
+        collector = cell.collector
+        artifacts: list[Artifact] = []
+        self._held = []
+        try:
+            if self.watch is not None:
+                with suppress(ArtifactError):
+                    artifacts = await self.watch.cell_finished(cell.msg_id)
+            spooled = await self._store_spools(cell) if collector.truncated else []
+            outputs = collector.outputs()
+            result = ExecutionResult(
+                session_id=self.session_id,
+                msg_id=cell.msg_id,
+                code=cell.code,
+                status=cell.status,
+                origin=cell.origin,
+                stdout=collector.stdout,
+                stderr=collector.stderr,
+                outputs=outputs,
+                result=collector.result,
+                error=cell.error,
+                execution_count=cell.execution_count,
+                started_at=cell.started_at,
+                duration_s=cell.duration_s,
+                artifacts=artifacts,
+                truncated=collector.truncated or bool(spooled),
+                output_artifacts=spooled,
+                **self.notes.pop(cell.msg_id, {}),
+            )
+            self.flush_late()
+            self._write(result, cell)
+        finally:
+            held, self._held = self._held or [], None
+            self._log_artifacts(held)
+            if self._current is cell:
+                self._current = None
+        return result
+
+    def _write(self, result: ExecutionResult, cell: Cell) -> None:
+        self.recorder.finish(result.msg_id, **self.line(result, spool_error=cell.spool_error))
+        # Cells of the session, over all its kernels: a restarted kernel counts from 1 again.
+        count = self.recorder.metadata.get("execution_count")
+        self.recorder.update_metadata(
+            last_used=timestamp(), execution_count=count + 1 if isinstance(count, int) else 1
+        )
+
+    def line(self, result: ExecutionResult, *, spool_error: OSError | None = None) -> dict[str, Any]:
+        """The fields of a ``code_execution`` line."""
+        outputs = self._mask_outputs(for_log(result.outputs, self._put_blob)) if result.outputs else []
+        fields: dict[str, Any] = {
+            "code": self._masked(result.code),
+            "success": result.success,
+            "stdout": self._masked(result.stdout),
+            "stderr": self._masked(result.stderr),
+            "status": result.status,
+            "result": None if result.result is None else self._masked(result.result),
+            "error": self._mask_tree(result.error.model_dump()) if result.error is not None else None,
+            "execution_count": result.execution_count,
+            "msg_id": result.msg_id,
+            "origin": result.origin,
+            "started_at": result.started_at.isoformat(),
+            "duration_s": round(result.duration_s, 6),
+            "outputs": outputs,
+            "artifacts": [artifact.id for artifact in result.artifacts],
+        }
+        if result.truncated:
+            fields |= {"truncated": True, "output_artifacts": [a.model_dump(mode="json") for a in result.output_artifacts]}
+        if spool_error is not None:
+            fields["output_lost"] = f"the whole output could not be kept: {spool_error.strerror}"
+        if not result.state_preserved:
+            fields |= {"state_preserved": False, "lost_names": result.lost_names}
+        if result.death is not None:
+            fields["death"] = result.death.model_dump()
+        return fields
+
+    def _put_blob(self, data: bytes, mime: str) -> str:
+        return self.store.put_blob(data)
+
+    async def _store_spools(self, cell: Cell) -> list[Artifact]:
+        stored = []
+        for spool in cell.collector.take_spools():
+            with spool.file as file:
+                file.seek(0)
+                try:
+                    stored.append(
+                        await asyncio.to_thread(
+                            self.store.put_stream,
+                            self.session_id,
+                            f"cell-{cell.execution_count or 0}-{spool.filename}",
+                            file,
+                            kind="output",
+                            execution_count=cell.execution_count,
+                            msg_id=cell.msg_id,
+                            content_type=spool.content_type,
+                        )
+                    )
+                except ArtifactError as exc:
+                    self.append("artifact_refused", path=spool.filename, reason=str(exc))
+        return stored
+
+    # -- masking ---------------------------------------------------------------------------
+
+    def _masked(self, text: str) -> str:
+        return text if self._mask is None else self._mask(text)
+
+    def _mask_outputs(self, outputs: list[Output]) -> list[Output]:
+        return outputs if self._mask is None else [self._mask_tree(output) for output in outputs]
+
+    def _mask_tree(self, value: Any) -> Any:
+        if self._mask is None:
+            return value
+        if isinstance(value, str):
+            return self._mask(value)
+        if isinstance(value, dict):
+            return {self._masked(str(key)): self._mask_tree(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._mask_tree(item) for item in value]
+        return value

@@ -1,0 +1,271 @@
+"""The life of a session's kernel: launched, connected, interrupted, overdue, dead, restarted.
+
+Whatever ends a kernel, the cells that were running are ended with the cause, the log says what was lost, and
+(``restart_on_death``) the next kernel is on its way before anybody asks for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any, Protocol
+
+from sandbox_kernel.errors import EngineError, KernelGone, KernelStartError, SandboxError
+from sandbox_kernel.events import KernelDeath, Status
+from sandbox_kernel.feed import Cell, Feed
+from sandbox_kernel.kernel import Kernel
+from sandbox_kernel.ledger import Ledger
+from sandbox_kernel.settings import Settings
+
+log = logging.getLogger(__name__)
+
+INTERRUPT_EVERY_S = 1.0
+"""An interrupt that was lost (a cell between two statements of a finally block) is repeated so often during the grace."""
+
+
+class Provisioner(Protocol):
+    """What the lifecycle needs of ``provisioning.docker.DockerProvisioner`` and its kin."""
+
+    container_id: str | None
+    host_port: int | None
+
+    async def launch(self) -> dict[str, Any]:
+        """Start a kernel where there is none (again); returns its connection info."""
+
+    async def attach(self, container_id: str) -> dict[str, Any]:
+        """Take over a living container; returns its kernel's connection info."""
+
+    async def restart_in_place(self) -> dict[str, Any]:
+        """Kill the kernel process and start a fresh one in the same container."""
+
+    async def wait_dead(self) -> KernelDeath:
+        """Return when the kernel's container has died, or was paused from outside, with the cause."""
+
+    async def remove(self) -> None:
+        """End the kernel and remove everything that belongs to it; done already is done."""
+
+    def detach(self) -> None:
+        """Let go of a kernel that lives on."""
+
+
+class Lifecycle:
+    """One session's kernel, one after the other."""
+
+    def __init__(
+        self,
+        session_id: str,
+        settings: Settings,
+        provisioner: Provisioner,
+        feed: Feed,
+        ledger: Ledger,
+        *,
+        client_session: str,
+        known_names: Callable[[], Awaitable[list[str]]],
+        on_launched: Callable[[bool], Awaitable[None]],
+    ) -> None:
+        self._session_id = session_id
+        self._settings = settings
+        self.provisioner = provisioner
+        self._feed = feed
+        self._ledger = ledger
+        self._client_session = client_session
+        self._known_names = known_names
+        self._on_launched = on_launched
+        """Called after each launch or attachment (True: the container is another one), before the first cell."""
+        self.kernel: Kernel | None = None
+        self._ready = asyncio.Event()
+        self._changing = asyncio.Lock()
+        """Held while the kernel is being replaced."""
+        self._mourner: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: SandboxError | None = None
+        self._closed = False
+        self.connection_info: dict[str, Any] = {}
+
+    # -- start and end ---------------------------------------------------------------------
+
+    async def launch(self) -> None:
+        """Start the container and its kernel. Raises EngineError or KernelStartError; nothing is left behind then."""
+        await self._connect(await self.provisioner.launch(), fresh=True)
+
+    async def attach(self, container_id: str) -> None:
+        """Take over the living kernel of a process that died. Raises EngineError when it is gone."""
+        await self._connect(await self.provisioner.attach(container_id), fresh=False)
+
+    async def _connect(self, info: dict[str, Any], *, fresh: bool) -> None:
+        kernel = Kernel(info, client_session=self._client_session)
+        kernel.on_status = self._status
+        dead = asyncio.ensure_future(self.provisioner.wait_dead())
+        answer = asyncio.ensure_future(kernel.connect(self._feed, timeout=self._settings.start_timeout_s))
+        try:
+            await asyncio.wait((dead, answer), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                death = await dead
+                raise KernelStartError(f"the kernel died while it started: {death.message}")
+            await answer
+        except BaseException:
+            dead.cancel()
+            answer.cancel()
+            with suppress(BaseException):
+                await asyncio.gather(dead, answer, return_exceptions=True)
+            kernel.close()
+            if fresh:
+                await self.provisioner.remove()
+            raise
+        self.kernel, self.connection_info = kernel, info
+        self._mourner = asyncio.create_task(self._mourn(dead), name=f"mourner {self._session_id}")
+        await self._on_launched(fresh)
+        self._failure = None
+        self._ready.set()
+
+    def detach(self) -> None:
+        """Let go of the kernel without ending it."""
+        self._let_go()
+        self.provisioner.detach()
+
+    def _let_go(self) -> None:
+        self._closed = True
+        self._ready.clear()
+        for task in (self._mourner, *self._tasks):
+            if task is not None:
+                task.cancel()
+        if self.kernel is not None:
+            self.kernel.close()
+
+    async def close(self, before_remove: Callable[[], Awaitable[Any]] | None = None) -> None:
+        """End the kernel; the cells still running end as interrupted. ``before_remove``: a last look into the container."""
+        self._let_go()
+        self._feed.abandon_all("interrupted")
+        try:
+            if before_remove is not None:
+                with suppress(SandboxError):
+                    await before_remove()
+        finally:
+            await self.provisioner.remove()
+
+    async def ready(self) -> Kernel:
+        """The kernel, once it answers. Raises KernelGone or why it could not be started."""
+        if not self._ready.is_set():
+            await self.revive()
+        assert self.kernel is not None
+        return self.kernel
+
+    async def revive(self) -> None:
+        async with self._changing:
+            if self._ready.is_set():
+                return
+            if self._failure is not None and not self._settings.restart_on_death:
+                raise self._failure
+            await self._relaunch([])
+
+    # -- interrupt and timeout -------------------------------------------------------------
+
+    def watch(self, cell: Cell, timeout: float | None) -> asyncio.TimerHandle | None:
+        """Arm the timeout of a cell that is about to be sent; the caller cancels the handle when the cell has ended."""
+        if timeout is None:
+            return None
+        return asyncio.get_running_loop().call_later(timeout, self._expire, cell, timeout)
+
+    def _expire(self, cell: Cell, timeout: float) -> None:
+        if cell.finished.is_set() or cell.msg_id not in self._feed.cells:
+            return
+        others = any(other.running for other in self._feed.cells.values() if other is not cell)
+        if not cell.running and others:
+            # Somebody else's cell holds the kernel: our time has not begun.
+            asyncio.get_running_loop().call_later(timeout, self._expire, cell, timeout)
+            return
+        self.spawn(self.end_cell(cell, "timeout"))
+
+    def spawn(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def end_cell(self, cell: Cell, verdict: Status) -> None:
+        """Interrupt a cell, see that it ends; after the grace its kernel is killed and restarted."""
+        cell.verdict = cell.verdict or verdict
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.interrupt_grace_s
+        while not cell.finished.is_set():
+            left = deadline - loop.time()
+            if left <= 0:
+                break
+            if self.kernel is not None:
+                self.kernel.interrupt()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(cell.finished.wait(), min(left, INTERRUPT_EVERY_S))
+        if not cell.finished.is_set() and not self._closed:
+            await self.replace("timeout" if verdict == "timeout" else "would not be interrupted")
+
+    # -- restart ---------------------------------------------------------------------------
+
+    async def replace(self, reason: str) -> list[str]:
+        """Kill the kernel and start a fresh one; the names of the variables that were lost."""
+        async with self._changing:
+            self._ready.clear()
+            lost = await self._known_names()
+            if self._mourner is not None:
+                self._mourner.cancel()
+            for cell in self._feed.cells.values():
+                self._ledger.notes[cell.msg_id] = {"state_preserved": False, "lost_names": lost}
+            old, self.kernel = self.kernel, None
+            try:
+                info = await asyncio.wait_for(self.provisioner.restart_in_place(), self._settings.start_timeout_s)
+            except (SandboxError, TimeoutError) as exc:
+                log.warning("session %s: restart in place failed (%s); a new container", self._session_id, exc)
+                info = None
+            if old is not None:
+                await old.drain()
+                old.close()
+            self._feed.abandon_all("interrupted")
+            if info is None:
+                await self.provisioner.remove()
+                await self._relaunch(lost, reason=reason)
+            else:
+                await self._connect(info, fresh=False)
+                self._ledger.append("kernel_restarted", reason=reason, lost_names=lost)
+            return lost
+
+    async def _relaunch(self, lost: list[str], *, reason: str = "kernel died") -> None:
+        try:
+            await self.launch()
+        except (EngineError, KernelStartError) as exc:
+            self._failure = exc
+            self._ledger.append("kernel_start_failed", reason=str(exc))
+            raise
+        self._ledger.append(
+            "kernel_restarted", reason=reason, lost_names=lost, container_id=self.provisioner.container_id
+        )
+
+    # -- death -----------------------------------------------------------------------------
+
+    async def _mourn(self, dead: asyncio.Future[KernelDeath]) -> None:
+        try:
+            death = await dead
+        finally:
+            dead.cancel()
+        async with self._changing:
+            self._ready.clear()
+            lost = await self._known_names()
+            kernel, self.kernel = self.kernel, None
+            if kernel is not None:
+                await kernel.drain()
+                kernel.close()
+            for cell in self._feed.cells.values():
+                self._ledger.notes[cell.msg_id] = {"state_preserved": False, "lost_names": lost, "death": death}
+            self._ledger.append("kernel_died", **death.model_dump(), lost_names=lost)
+            self._feed.abandon_all("kernel_died")
+            self._failure = KernelGone(
+                f"the kernel of session {self._session_id!r} died: {death.message}. restart() starts a new one"
+            )
+            if self._settings.restart_on_death and not self._closed:
+                with suppress(SandboxError):
+                    await self.provisioner.remove()
+                with suppress(EngineError, KernelStartError):
+                    await self._relaunch(lost)
+
+    def _status(self, state: str, message: dict[str, Any]) -> None:
+        log.debug("session %s: kernel says %s", self._session_id, state)

@@ -1,0 +1,396 @@
+"""The messages of one cell become nbformat outputs, bounded in memory whatever the cell prints.
+
+Two views are kept of what a cell says:
+
+- ``stdout`` and ``stderr``: all text of each stream, in order; a ``clear_output`` does not take back what was printed;
+- ``outputs``: what a notebook would show (https://nbformat.readthedocs.io/en/latest/format_description.html#code-cell-outputs):
+  consecutive stream messages merged, ``display()`` updates applied in place, ``clear_output`` obeyed.
+
+Past ``limit`` bytes both keep a head and a tail. Nothing is thrown away: everything that was said then goes to
+spool files too, which the session puts into the artifact store.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import tempfile
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sandbox_kernel.events import (
+    BLOB_MIME,
+    CellError,
+    CellEvent,
+    ClearOutput,
+    DisplayData,
+    ErrorData,
+    ResultData,
+    Stderr,
+    Stdout,
+    shorten,
+    strip_ansi,
+)
+
+Output = dict[str, Any]
+
+MAX_OBJECTS = 2_000
+"""Output objects kept per cell (half at the head, half at the tail); a loop of ``display()`` cannot grow without end."""
+BUNDLE_FACTOR = 32
+"""Rich displays (pictures) may take this many times ``limit``."""
+INLINE_TEXT = 64_000
+"""A MIME value longer than this (bytes) stands in the log as a reference to a blob."""
+
+
+def clean(text: Any) -> str:
+    """``text`` as valid Unicode: lone surrogates, which no UTF-8 file can hold, become ``\\udXXX``."""
+    if not isinstance(text, str):
+        text = "".join(text) if isinstance(text, list) and all(isinstance(part, str) for part in text) else str(text)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return str(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    return str(text)
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8"))
+
+
+class BoundedText:
+    """Text that keeps its first and last ``limit // 2`` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._half = limit // 2
+        self._head: list[str] = []
+        self._head_size = 0
+        self._tail: deque[tuple[str, int]] = deque()
+        self._tail_size = 0
+        self.dropped = 0
+        """Bytes left out between head and tail."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole text, left out ones included."""
+        return self._head_size + self._tail_size + self.dropped
+
+    def add(self, text: str) -> None:
+        size = _size(text)
+        if not self._tail and self._head_size + size <= self._half:
+            self._head.append(text)
+            self._head_size += size
+            return
+        if not self._tail and self._head_size < self._half:
+            data = text.encode("utf-8")
+            first = data[: self._half - self._head_size].decode("utf-8", "ignore")
+            self._head.append(first)
+            self._head_size += _size(first)
+            text = text[len(first) :]
+            size -= _size(first)
+        if size > self._half:
+            data = text.encode("utf-8")
+            self.dropped += self._tail_size
+            self._tail.clear()
+            self._tail_size = 0
+            kept = data[len(data) - self._half :].decode("utf-8", "ignore")
+            self.dropped += size - _size(kept)
+            text, size = kept, _size(kept)
+        self._tail.append((text, size))
+        self._tail_size += size
+        while self._tail_size > self._half and len(self._tail) > 1:
+            _, gone = self._tail.popleft()
+            self._tail_size -= gone
+            self.dropped += gone
+        if len(self._tail) > 4096:  # many tiny prints: join them, so that memory is bounded by bytes and not by pieces
+            joined = "".join(piece for piece, _ in self._tail)
+            self._tail = deque([(joined, self._tail_size)])
+
+    def text(self) -> str:
+        head, tail = "".join(self._head), "".join(piece for piece, _ in self._tail)
+        if not self.dropped:
+            return head + tail
+        return f"{head}\n... [{self.dropped} bytes left out] ...\n{tail}"
+
+
+class Spool:
+    """The whole of one output in a temporary file without a name: nothing is left behind if we die."""
+
+    def __init__(self, directory: Path, filename: str, content_type: str) -> None:
+        self.filename = filename
+        self.content_type = content_type
+        self.size = 0
+        directory.mkdir(parents=True, exist_ok=True)
+        self.file: BinaryIO = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by the session after storing
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.size += len(data)
+
+
+class OutputCollector:
+    """What one cell has said so far.
+
+    ``limit``: bytes of text kept per stream and in ``outputs``; ``spool_dir``: where the whole goes past it.
+    """
+
+    def __init__(self, msg_id: str, limit: int, spool_dir: Path) -> None:
+        self.msg_id = msg_id
+        self.error: CellError | None = None
+        self.result: str | None = None
+        self._limit = limit
+        self._spool_dir = spool_dir
+        self._texts = {"stdout": BoundedText(limit), "stderr": BoundedText(limit)}
+        self._whole: dict[str, list[str]] = {"stdout": [], "stderr": []}
+        self._spools: dict[str, Spool] = {}
+        self._head: list[Output] = []
+        self._tail: deque[Output] = deque()
+        self._sizes: dict[int, int] = {}
+        self._text_budget = limit // 2
+        self._bundle_budget = limit * BUNDLE_FACTOR
+        self._tail_text = 0
+        self._dropped = 0
+        self._clear_next = False
+        self._displays: dict[str, list[Output]] = {}
+
+    # -- adding ----------------------------------------------------------------------------
+
+    def add(self, msg_type: str, content: dict[str, Any]) -> CellEvent | None:
+        """Take one iopub message; returns the event a stream should yield, None for messages that are no output.
+
+        Raises OSError when the spool cannot be written.
+        """
+        if msg_type == "stream":
+            return self._stream(content)
+        if msg_type in ("display_data", "update_display_data", "execute_result"):
+            return self._bundle(msg_type, content)
+        if msg_type == "error":
+            return self._error(content)
+        if msg_type == "clear_output":
+            return self._clear(bool(content.get("wait")))
+        return None
+
+    def _stream(self, content: dict[str, Any]) -> CellEvent | None:
+        name = "stderr" if content.get("name") == "stderr" else "stdout"
+        text = clean(content.get("text", ""))
+        if not text:
+            return None
+        bounded = self._texts[name]
+        spool = self._spools.get(name)
+        if spool is not None:
+            spool.write(text.encode("utf-8"))
+        else:
+            self._whole[name].append(text)
+            if bounded.size + _size(text) > self._limit:
+                spool = self._spools[name] = Spool(self._spool_dir, f"{name}.txt", "text/plain; charset=utf-8")
+                spool.write("".join(self._whole.pop(name)).encode("utf-8"))
+        bounded.add(text)
+        self._show({"output_type": "stream", "name": name, "text": text}, _size(text))
+        return Stdout(msg_id=self.msg_id, text=text) if name == "stdout" else Stderr(msg_id=self.msg_id, text=text)
+
+    def _bundle(self, msg_type: str, content: dict[str, Any]) -> CellEvent:
+        raw_data, raw_meta = content.get("data"), content.get("metadata")
+        data = {str(mime): _mime_value(mime, value) for mime, value in raw_data.items()} if isinstance(raw_data, dict) else {}
+        metadata = dict(raw_meta) if isinstance(raw_meta, dict) else {}
+        size = sum(len(value) if isinstance(value, str) else 200 for value in data.values())
+        count = content.get("execution_count")
+        if msg_type == "execute_result":
+            if size > self._limit and _size(clean(data.get("text/plain", ""))) > self._limit:
+                self._spool_bundle(data)
+                data = {**data, "text/plain": shorten(clean(data["text/plain"]), self._limit)}
+                size = sum(len(value) if isinstance(value, str) else 200 for value in data.values())
+            self.result = clean(data.get("text/plain", ""))
+            output: Output = {
+                "output_type": "execute_result",
+                "execution_count": count if isinstance(count, int) else None,
+                "data": data,
+                "metadata": metadata,
+            }
+            self._show(output, size)
+            return ResultData(msg_id=self.msg_id, data=data, metadata=metadata, execution_count=output["execution_count"])
+        transient = content.get("transient")
+        display_id = transient.get("display_id") if isinstance(transient, dict) else None
+        update = msg_type == "update_display_data"
+        if update:
+            for shown in self._displays.get(str(display_id), ()):
+                shown["data"], shown["metadata"] = data, metadata
+        else:
+            output = {"output_type": "display_data", "data": data, "metadata": metadata}
+            if self._show(output, size) and display_id is not None and len(self._displays) < MAX_OBJECTS:
+                self._displays.setdefault(str(display_id), []).append(output)
+        return DisplayData(
+            msg_id=self.msg_id,
+            data=data,
+            metadata=metadata,
+            display_id=None if display_id is None else str(display_id),
+            update=update,
+        )
+
+    def _error(self, content: dict[str, Any]) -> CellEvent:
+        lines = content.get("traceback")
+        traceback = [clean(line) for line in lines] if isinstance(lines, list) else []
+        name, value = clean(content.get("ename", "")), clean(content.get("evalue", ""))
+        whole = "\n".join(traceback)
+        if _size(whole) + _size(value) > self._limit:
+            self._spool_text("error", f"{name}: {value}\n{whole}")
+            value, traceback = shorten(value, self._limit // 4), [shorten(whole, self._limit // 2)]
+        self.error = CellError(name=name, value=value, traceback=strip_ansi("\n".join(traceback)))
+        self._show({"output_type": "error", "ename": name, "evalue": value, "traceback": traceback}, 0)
+        return ErrorData(msg_id=self.msg_id, error=self.error)
+
+    def _clear(self, wait: bool) -> CellEvent:
+        if wait:
+            self._clear_next = True
+        else:
+            self._reset()
+        return ClearOutput(msg_id=self.msg_id, wait=wait)
+
+    def _reset(self) -> None:
+        self._head.clear()
+        self._tail.clear()
+        self._sizes.clear()
+        self._displays.clear()
+        self._text_budget, self._bundle_budget, self._tail_text = self._limit // 2, self._limit * BUNDLE_FACTOR, 0
+        self._dropped = 0
+        self._clear_next = False
+
+    # -- keeping ---------------------------------------------------------------------------
+
+    def _show(self, output: Output, size: int) -> bool:
+        """Append to ``outputs``, within the budgets; False when the object itself is not kept."""
+        if self._clear_next:
+            self._reset()
+        if output["output_type"] == "stream":
+            last = self._tail[-1] if self._tail else (self._head[-1] if self._head else None)
+            merges = last is not None and last["output_type"] == "stream" and last["name"] == output["name"]
+            if not self._tail and size <= self._text_budget and (merges or len(self._head) < MAX_OBJECTS // 2):
+                self._text_budget -= size
+                if merges and last is not None:
+                    last.setdefault("parts", [last["text"]]).append(output["text"])
+                else:
+                    self._head.append(output)
+                return True
+            half = self._limit // 2
+            if size > half:
+                output["text"] = output["text"].encode("utf-8")[-half:].decode("utf-8", "ignore")
+                self._dropped += size - _size(output["text"])
+                size = _size(output["text"])
+            self._tail_text += size
+        else:
+            if size > self._bundle_budget:
+                self._spool_bundle(output["data"])
+                output["data"] = {"text/plain": f"[{size} bytes of display data left out]"}
+                size = 0
+            self._bundle_budget -= size
+            if not self._tail and len(self._head) < MAX_OBJECTS // 2:
+                self._head.append(output)
+                return True
+        self._sizes[id(output)] = size
+        self._tail.append(output)
+        while len(self._tail) > MAX_OBJECTS // 2 or (self._tail_text > self._limit // 2 and len(self._tail) > 1):
+            self._drop(self._tail.popleft())
+        return True
+
+    def _drop(self, output: Output) -> None:
+        size = self._sizes.pop(id(output), 0)
+        self._dropped += size
+        if output["output_type"] == "stream":
+            self._tail_text -= size
+        elif "data" in output:
+            self._bundle_budget += size
+            self._spool_bundle(output["data"])
+
+    def _spool_bundle(self, data: dict[str, Any]) -> None:
+        self._spool_text("displays", json.dumps(data, default=str) + "\n")
+
+    def _spool_text(self, kind: str, text: str) -> None:
+        spool = self._spools.get(kind)
+        if spool is None:
+            mime = "application/jsonl" if kind == "displays" else "text/plain; charset=utf-8"
+            suffix = "jsonl" if kind == "displays" else "txt"
+            spool = self._spools[kind] = Spool(self._spool_dir, f"{kind}.{suffix}", mime)
+        spool.write(text.encode("utf-8", "backslashreplace"))
+
+    # -- reading ---------------------------------------------------------------------------
+
+    @property
+    def stdout(self) -> str:
+        return self._texts["stdout"].text()
+
+    @property
+    def stderr(self) -> str:
+        return self._texts["stderr"].text()
+
+    @property
+    def truncated(self) -> bool:
+        """True when something is not in ``outputs``, ``stdout`` or ``stderr`` but only in the spools."""
+        return bool(self._spools) or self._dropped > 0
+
+    def take_spools(self) -> list[Spool]:
+        """The files that hold the whole of each cut output; the caller stores and closes them."""
+        spools, self._spools = list(self._spools.values()), {}
+        return spools
+
+    def outputs(self) -> list[Output]:
+        """nbformat output objects."""
+        merged: list[Output] = []
+        gap: list[Output] = []
+        if self._dropped:
+            gap = [{"output_type": "stream", "name": "stdout", "text": f"\n... [{self._dropped} bytes left out] ...\n"}]
+        for output in [*self._head, *gap, *self._tail]:
+            output = {key: value for key, value in output.items() if key != "parts"} | (
+                {"text": "".join(output["parts"])} if "parts" in output else {}
+            )
+            last = merged[-1] if merged else None
+            if last is not None and output["output_type"] == "stream" == last["output_type"] and last["name"] == output["name"]:
+                last["text"] += output["text"]
+            else:
+                merged.append(output)
+        return merged
+
+
+def _mime_value(mime: Any, value: Any) -> Any:
+    """JSON MIME types hold any JSON value; all others text."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(mime, str) and (mime == "application/json" or mime.endswith("+json")):
+        return json.loads(clean(json.dumps(value)))
+    return clean(value)
+
+
+def for_log(outputs: list[Output], put_blob: Callable[[bytes, str], str]) -> list[Output]:
+    """``outputs`` with pictures and long values replaced by references; still valid nbformat.
+
+    ``put_blob(data, mime)`` stores the bytes and returns their SHA-256.
+    """
+    return [
+        {**output, "data": _refer(output["data"], put_blob)} if isinstance(output.get("data"), dict) else output
+        for output in outputs
+    ]
+
+
+def _refer(data: dict[str, Any], put_blob: Callable[[bytes, str], str]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    references: list[dict[str, Any]] = []
+    for mime, value in data.items():
+        binary = isinstance(value, str) and mime.startswith(("image/", "audio/", "video/", "application/pdf"))
+        binary = binary and mime != "image/svg+xml"
+        raw: bytes | None = None
+        if binary:
+            try:
+                raw = base64.b64decode(value, validate=False)
+            except (binascii.Error, ValueError):
+                raw = value.encode("utf-8", "replace")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            if _size(text) > INLINE_TEXT and mime != "text/plain":
+                raw = text.encode("utf-8")
+        if raw is None:
+            kept[mime] = value
+        else:
+            references.append({"sha256": put_blob(raw, mime), "size_bytes": len(raw), "mime": mime})
+    if references:
+        kept[BLOB_MIME] = references[0] if len(references) == 1 else references
+    return kept

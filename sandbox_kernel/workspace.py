@@ -1,0 +1,119 @@
+"""Where a session's files are: a folder of the host (BIND) or the container's memory (TMPFS).
+
+The rest of a session does not ask which.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from sandbox_kernel.artifacts.observer import Observer
+from sandbox_kernel.artifacts.remote import RemoteSpool
+from sandbox_kernel.directory import SessionDirectory
+from sandbox_kernel.errors import SandboxError
+from sandbox_kernel.events import Artifact, PythonState, Variable
+from sandbox_kernel.ledger import Watch
+from sandbox_kernel.snapshot import read_state_folder
+from sandbox_kernel.untrusted import FOLDER, read_untrusted
+
+
+class Workspace(Protocol):
+    """The files of one session."""
+
+    watch: Watch
+    path: Path | None
+    """The session directory, None when there is none."""
+
+    async def read_state(self) -> PythonState: ...
+    async def read_journal(self) -> list[dict[str, Any]]: ...
+
+
+def parse_state(raw: dict[str, Any] | None) -> PythonState:
+    """``python_state.json`` as far as it can be believed: entries of the wrong form are left out."""
+    if not raw:
+        return PythonState()
+    variables = raw.get("variables")
+    kept: dict[str, Variable] = {}
+    for name, entry in variables.items() if isinstance(variables, dict) else ():
+        with suppress(ValidationError, TypeError):
+            kept[str(name)] = Variable(**entry)
+    modules = raw.get("imported_modules")
+    fields = {name: value for name, value in raw.items() if name not in ("variables", "imported_modules")}
+    fields |= {"variables": kept, "imported_modules": [str(m) for m in modules] if isinstance(modules, list) else []}
+    try:
+        return PythonState(**fields)
+    except (ValidationError, TypeError):
+        return PythonState(variables=kept, imported_modules=fields["imported_modules"])
+
+
+class BindWorkspace:
+    """The session directory on the host; the kernel writes into its ``artifacts/`` and ``state/``."""
+
+    def __init__(self, directory: SessionDirectory, observer: Observer) -> None:
+        self.watch: Watch = observer
+        self.path: Path | None = directory.path
+        self._directory = directory
+
+    async def read_state(self) -> PythonState:
+        raw, _ = read_state_folder(self._directory.state_dir)
+        return parse_state(raw)
+
+    async def read_journal(self) -> list[dict[str, Any]]:
+        return await asyncio.to_thread(read_cells, self._directory.state_dir)
+
+
+class TmpfsWorkspace:
+    """The container's memory, asked through the agent beside the kernel. The host's disk has only what was ingested."""
+
+    def __init__(self, spool: RemoteSpool) -> None:
+        self.watch: Watch = spool
+        self.path: Path | None = None
+        self._spool = spool
+
+    async def read_state(self) -> PythonState:
+        try:
+            raw = json.loads(await self._spool.read_state())
+        except (SandboxError, ValueError):
+            raw = None
+        return parse_state(raw if isinstance(raw, dict) else None)
+
+    async def read_journal(self) -> list[dict[str, Any]]:
+        try:
+            return parse_cells(await self._spool.read_state("cells.jsonl"))
+        except SandboxError:
+            return []
+
+
+JOURNAL_LIMIT = 4 * 2**20
+
+
+def read_cells(state_dir: Path) -> list[dict[str, Any]]:
+    """The hook's journal of cells (``cells.jsonl``), as far as it can be read: the kernel writes it, so it may be anything."""
+    try:
+        descriptor = os.open(state_dir, FOLDER)
+    except OSError:
+        return []
+    try:
+        return parse_cells(read_untrusted(descriptor, "cells.jsonl", max_bytes=JOURNAL_LIMIT))
+    except (OSError, SandboxError):
+        return []
+    finally:
+        os.close(descriptor)
+
+
+def parse_cells(data: bytes) -> list[dict[str, Any]]:
+    """The lines that are JSON objects."""
+    lines = []
+    for line in data.splitlines():
+        with suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if isinstance(entry, dict):
+                lines.append(entry)
+    return lines
