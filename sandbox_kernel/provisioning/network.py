@@ -25,7 +25,7 @@ _OPTIONS = {
 
 
 def network_config(settings: Settings, transport: str, engine: Engine) -> dict[str, Any]:
-    """Fields of ``HostConfig``; makes the private bridge when it is needed (blocks). Raises EngineError, SettingsError."""
+    """Fields of ``HostConfig``; makes the private bridge where needed (blocks). Raises EngineError, SettingsError."""
     if not isinstance(settings.network, str):
         raise SettingsError(
             f"network={settings.network!r}: a list of hosts is not supported by this version; use 'none' or 'full'"

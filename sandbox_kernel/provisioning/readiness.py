@@ -1,4 +1,4 @@
-"""When a kernel can be reached: its socket files are there (ipc), or its heartbeat answers a CurveZMQ handshake (tcp)."""
+"""When a kernel can be reached: its socket files are there (ipc), or its heartbeat answers the handshake (tcp)."""
 
 from __future__ import annotations
 

@@ -112,7 +112,8 @@ class RuntimeDirectory:
         """Raises SettingsError when the sockets' paths are longer than Linux takes."""
         if len(os.fsencode(self.ip)) + 2 > _PATH_LIMIT:
             raise SettingsError(
-                f"the socket path {self.ip}-1 is longer than {_PATH_LIMIT} bytes; set XDG_RUNTIME_DIR to a shorter folder"
+                f"the socket path {self.ip}-1 is longer than {_PATH_LIMIT} bytes; "
+                "set XDG_RUNTIME_DIR to a shorter folder"
             )
 
     def boot_files(self, connection: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, bytes]:
@@ -139,7 +140,7 @@ class RuntimeDirectory:
             target.chmod(0o644)
 
     def keys(self) -> Keys:
-        """The keys of the running kernel, out of ``boot/`` (which the kernel cannot write). Raises ConnectionFileError."""
+        """The running kernel's keys, out of ``boot/`` (which the kernel cannot write). Raises ConnectionFileError."""
         path = self.boot / "boot" / "connection.json"
         try:
             found = json.loads(path.read_bytes())

@@ -18,7 +18,7 @@ _CHUNK = 256 * 1024
 
 
 class ExecStream:
-    """stdin and stdout of one command. Reading is flow-controlled: nothing is read ahead of the caller but one buffer."""
+    """stdin and stdout of one command. Flow-controlled: nothing is read ahead of the caller but one buffer."""
 
     def __init__(
         self, engine: Engine, exec_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, keep: Any

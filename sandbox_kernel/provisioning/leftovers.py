@@ -1,4 +1,4 @@
-"""Containers of Jupyter programs that were killed: removed by the next kernel that such a program starts.
+"""Containers of ours that were left: a dead one of the session that starts again, those of killed Jupyter programs.
 
 A session's container outlives its host process on purpose; a notebook's does not, just as a local kernel ends with the
 program that started it.
@@ -6,25 +6,20 @@ program that started it.
 
 from __future__ import annotations
 
-import os
 import threading
 from contextlib import suppress
 from pathlib import Path
 
-from sandbox_kernel.errors import SandboxError
-from sandbox_kernel.provisioning.engine import Engine
+from sandbox_kernel.errors import ContainerConflict, SandboxError
+from sandbox_kernel.provisioning.container import ContainerSpec
+from sandbox_kernel.provisioning.engine import MANAGED, Engine, NotThere
 from sandbox_kernel.provisioning.runtime import RuntimeDirectory, runtime_base
 
 OWNER = "sandbox-kernel.owner"
 """Label with the process a container must not outlive: ``<boot id> <pid> <start time>``."""
 
 
-def this_process() -> str:
-    """The label's value for this process."""
-    return _identity(os.getpid()) or ""
-
-
-def _identity(pid: int) -> str | None:
+def process_identity(pid: int) -> str | None:
     """Boot id, pid and start time (clock ticks): together never used twice. None where there is no such process."""
     try:
         started = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
@@ -39,7 +34,7 @@ def sweep(engine: Engine) -> list[str]:
     for found in engine.containers():
         labels = found["Labels"]
         owner = labels.get(OWNER, "").split()
-        if len(owner) != 3 or _identity(int(owner[1])) == " ".join(owner):
+        if len(owner) != 3 or process_identity(int(owner[1])) == " ".join(owner):
             continue
         engine.remove(found["Id"])
         path = Path(labels.get("sandbox-kernel.runtime", ""))
@@ -57,3 +52,26 @@ def sweep_in_background(engine: Engine) -> None:
             sweep(engine)
 
     threading.Thread(target=run, name="sandbox-kernel sweep", daemon=True).start()
+
+
+def make_room(engine: Engine, spec: ContainerSpec) -> None:
+    """Remove a dead container of the same session; raises ContainerConflict for any other of that name (blocks)."""
+    try:
+        found = engine.inspect(spec.name)
+    except NotThere:
+        return
+    labels = found["Config"].get("Labels") or {}
+    who = f"{spec.name} ({found['Id'][:12]}, image {found['Config']['Image']})"
+    if labels.get(MANAGED) != "1":
+        raise ContainerConflict(
+            f"the container name {who} is taken by a container that is not ours; "
+            "rename or remove it, or choose another session id"
+        )
+    if found["State"]["Running"]:
+        raise ContainerConflict(f"the container {who} still runs; get() its session instead of starting it, or stop it")
+    if (
+        labels.get("sandbox-kernel.kernel") != spec.kernel_id
+        and labels.get("sandbox-kernel.session") != spec.session_id
+    ):
+        raise ContainerConflict(f"the container {who} belongs to another session of ours; run: sandbox-kernel gc")
+    engine.remove(found["Id"])

@@ -1,0 +1,232 @@
+"""The provisioner without a container: the same supervisor on this machine (``engine="local"``, asked for by name).
+
+There is NO isolation: a cell can do whatever this user can. A warning says so at each launch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+import sys
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+from jupyter_client.connect import KernelConnectionInfo
+
+from sandbox_kernel.errors import EngineError, KernelStartError
+from sandbox_kernel.events import KernelDeath
+from sandbox_kernel.provisioning.base import SessionProvisioner, finished
+from sandbox_kernel.provisioning.death import from_exit
+from sandbox_kernel.provisioning.leftovers import process_identity
+from sandbox_kernel.provisioning.readiness import SocketFiles
+from sandbox_kernel.provisioning.runtime import RuntimeDirectory
+
+PROVISIONER = "sandbox-local"
+"""Name of the entry point in ``jupyter_client.kernel_provisioners``."""
+
+_STOP_S = 5.0
+"""How long a supervisor may take to end its kernel before it is killed itself."""
+
+
+class NoIsolation(UserWarning):
+    """The kernel runs on this machine with all rights of this user."""
+
+
+class LocalProvisioner(SessionProvisioner):
+    """``container_id`` is ``local:<kernel id>:<pid>:<start time>``; the kernel works in ``<runtime dir>/work``."""
+
+    _process: subprocess.Popen[bytes] | None = None
+    """None after :meth:`attach`: the process is another's child, and its exit code is not told."""
+    pid: int | None = None
+    """The supervisor's; SIGHUP restarts its kernel."""
+    _identity: str | None = None
+    _exit_code: int | None = None
+
+    async def launch(self) -> KernelConnectionInfo:
+        spec = self._require_spec()
+        if self.container_id is not None:  # a dead one, whose place this takes
+            await self._forget(keep_identity=True)
+        warnings.warn(
+            "engine='local' runs the kernel on this machine WITHOUT isolation: cells can do whatever this user can",
+            NoIsolation,
+            stacklevel=2,
+        )
+        self.transport = "ipc"
+        runtime = self._require_runtime()
+        runtime.check_length()
+        work = runtime.path / "work"
+        options = spec.boot_options() | {
+            "cwd": str(work),
+            "artifacts_dir": str((spec.artifacts or work / "artifacts").absolute()),
+            "state_dir": str((spec.state or work / "state").absolute()),
+            "connection_file": str(runtime.boot / "boot" / "connection.json"),
+        }
+        try:
+            await finished(runtime.create, runtime.boot_files(self._inside_info(runtime.ip), options))
+            await finished(self._make_work, work)
+            with SocketFiles(runtime.socket_paths()) as files:
+                await finished(self._spawn, runtime)
+                await self._wait_ready(files.fresh)
+            info = self._client_info()
+            if self.parent is None:
+                await finished(runtime.write_connection_file, info)
+        except BaseException:
+            await asyncio.shield(self._forget(keep_identity=True))
+            raise
+        self.connection_info = info
+        return info
+
+    def _make_work(self, work: Path) -> None:
+        """The working directory, with ``artifacts`` where a cell expects it: below it."""
+        spec = self._require_spec()
+        work.mkdir(exist_ok=True)
+        for name, folder in (("artifacts", spec.artifacts), ("state", spec.state)):
+            with suppress(FileExistsError):
+                if folder is None:
+                    (work / name).mkdir()
+                else:
+                    (work / name).symlink_to(folder.absolute())
+
+    def _spawn(self, runtime: RuntimeDirectory) -> None:
+        with (runtime.path / "log").open("ab") as log:
+            # A session of its own: a Ctrl-C in our terminal is ours, and the kernel outlives us.
+            self._process = subprocess.Popen(
+                [sys.executable, str(runtime.boot / "launch.py")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=runtime.path,
+                env={**os.environ, **self._require_spec().env},
+                start_new_session=True,
+            )
+        self._exit_code = None
+        self._take(self._process.pid)
+
+    def _take(self, pid: int) -> None:
+        self._identity = process_identity(pid)
+        self.pid = pid
+        self.container_id = (
+            f"local:{self._require_runtime().kernel_id}:{(self._identity or f'? {pid} ?').replace(' ', ':')}"
+        )
+
+    async def attach(self, container_id: str) -> KernelConnectionInfo:
+        try:
+            _, kernel_id, boot, pid, started = container_id.split(":")
+            alive = process_identity(int(pid)) == f"{boot} {pid} {started}"
+        except ValueError:
+            raise EngineError(f"{container_id!r} is no kernel of engine='local'") from None
+        if not alive:
+            raise EngineError(f"the kernel's process {pid} has ended; start the session again")
+        self.kernel_id = kernel_id
+        self._runtime = RuntimeDirectory(kernel_id)
+        self._keys = await asyncio.to_thread(self._runtime.keys)
+        self.transport = "ipc"
+        self._process, self._exit_code = None, None
+        self._take(int(pid))
+        self.connection_info = self._client_info()
+        await asyncio.to_thread(self._runtime.write_connection_file, self.connection_info)
+        return self.connection_info
+
+    async def _until_ended(self) -> None:
+        if await self.poll() is not None or self.pid is None:
+            return
+        try:
+            descriptor = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        loop.add_reader(descriptor, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+
+    async def poll(self) -> int | None:
+        """None while the kernel runs, else its exit code (128 + signal; -1 where it is not known)."""
+        if self.pid is None:
+            return 0
+        if self._exit_code is None:
+            if self._process is not None:
+                code = self._process.poll()
+                self._exit_code = code if code is None or code >= 0 else 128 - code
+            elif process_identity(self.pid) != self._identity:
+                self._exit_code = -1
+        return self._exit_code
+
+    async def wait_dead(self) -> KernelDeath:
+        await self._until_ended()
+        return await self.death()
+
+    async def death(self) -> KernelDeath:
+        if self.pid is None:
+            return KernelDeath(cause="removed", message="the kernel was removed")
+        code = await self.poll()
+        if code is None:
+            return KernelDeath(cause="unknown", message="the kernel still runs")
+        if code < 0:
+            return KernelDeath(cause="unknown", message=(await self.logs(1)) or "the kernel's process has ended")
+        return from_exit(code, oom=False, memory_limit=None)
+
+    async def _start_error(self) -> KernelStartError:
+        logs = await self.logs()
+        death = await self.death()
+        return KernelStartError(
+            f"no kernel started on this machine: {death.message}. Its last lines: {logs}", logs=logs
+        )
+
+    async def logs(self, tail: int = 50) -> str:
+        def read() -> str:
+            try:
+                text = (self._require_runtime().path / "log").read_text("utf-8", "replace")
+            except OSError:
+                return ""
+            return "\n".join(text.splitlines()[-tail:])
+
+        return await asyncio.to_thread(read)
+
+    async def send_signal(self, signum: int) -> None:
+        """To the supervisor: SIGINT interrupts the kernel, SIGHUP restarts it, SIGTERM and SIGKILL end all it started."""
+        if signum == 0 or self.pid is None or await self.poll() is not None:
+            return
+        with suppress(ProcessLookupError):
+            # Were the supervisor killed, what the cells started would live on. SIGTERM it turns into SIGKILL for all.
+            os.kill(self.pid, signal.SIGTERM if signum == signal.SIGKILL else signum)
+
+    def detach(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.returncode = 0  # it lives on: no ResourceWarning, and nobody waits for it
+        self._process = None
+        self.pid = None
+        self.container_id = None
+
+    def _remove_now(self) -> None:
+        if self.pid is not None and (process_identity(self.pid) == self._identity):
+            self._end(self.pid)
+        if self._process is not None:
+            self._process.wait()
+        self.detach()
+        if self._runtime is not None:
+            self._runtime.remove()
+
+    @staticmethod
+    def _end(pid: int) -> None:
+        """SIGTERM, and SIGKILL where that is not heeded (blocks until the process has ended)."""
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        try:
+            for signum in (signal.SIGTERM, signal.SIGKILL):
+                signal.pidfd_send_signal(descriptor, signum)
+                if select.select([descriptor], [], [], _STOP_S)[0]:
+                    return
+        except ProcessLookupError:
+            return
+        finally:
+            os.close(descriptor)
