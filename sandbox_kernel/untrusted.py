@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sandbox_kernel.errors import ArtifactRefused, UntrustedPath
@@ -129,6 +129,15 @@ def _open_checked(parent: int, name: bytes, shown: str, max_bytes: int | None, f
     return fd
 
 
+def stat_untrusted(dir_fd: int, path: bytes | str) -> os.stat_result:
+    """``lstat`` of ``path`` below ``dir_fd``. Raises UntrustedPath (a link on the way), OSError."""
+    parent, name = open_parent(dir_fd, path)
+    try:
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    finally:
+        os.close(parent)
+
+
 def remove_untrusted(dir_fd: int, path: str, identity: tuple[int, ...]) -> bool:
     """Unlink ``path`` below ``dir_fd`` if it is still the file of that :func:`file_identity`; whether it was."""
     try:
@@ -174,26 +183,29 @@ def refusal_of(status: os.stat_result) -> str | None:
     return "no regular file"
 
 
+OnFolder = Callable[[str, int], object]
+
+
 @dataclass
 class _Count:
     left: int
 
 
 def scan_untrusted(
-    dir_fd: int, *, max_entries: int = MAX_ENTRIES, max_depth: int = MAX_DEPTH, folders: list[str] | None = None
+    dir_fd: int, *, max_entries: int = MAX_ENTRIES, max_depth: int = MAX_DEPTH, on_folder: OnFolder | None = None
 ) -> Iterator[Found | Refusal]:
     """Everything below ``dir_fd``, never through a link: regular files as Found, all else but folders as Refusal.
 
     Past ``max_entries`` or ``max_depth`` a Refusal names what was left out; what vanishes meanwhile is left out.
-    ``folders``, when given, receives the sub-folders met. Uses ``dir_fd``'s read position: one scan at a time.
+    ``on_folder`` gets each sub-folder's path and descriptor before it is listed. One scan of a ``dir_fd`` at a time.
     """
     count = _Count(max_entries)
-    yield from _scan(dir_fd, "", count, max_depth, folders)
+    yield from _scan(dir_fd, "", count, max_depth, on_folder)
     if count.left < 0:
         yield Refusal(".", f"more than {max_entries} entries; the rest was not looked at")
 
 
-def _scan(fd: int, prefix: str, count: _Count, depth: int, folders: list[str] | None) -> Iterator[Found | Refusal]:
+def _scan(fd: int, prefix: str, count: _Count, depth: int, on_folder: OnFolder | None) -> Iterator[Found | Refusal]:
     with os.scandir(fd) as entries:
         for entry in entries:
             count.left -= 1
@@ -206,7 +218,7 @@ def _scan(fd: int, prefix: str, count: _Count, depth: int, folders: list[str] | 
                 continue
             shown = printable(path)
             identity = file_identity(status)
-            if not _is_text(entry.name):
+            if not is_text(entry.name):
                 yield Refusal(shown, "a name that is not valid UTF-8", status.st_size, identity)
             elif stat.S_ISDIR(status.st_mode):
                 if depth <= 0:
@@ -218,10 +230,10 @@ def _scan(fd: int, prefix: str, count: _Count, depth: int, folders: list[str] | 
                     if exc.errno in (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE):
                         yield Refusal(shown, f"a folder that cannot be opened: {os.strerror(exc.errno)}", 0, identity)
                     continue  # swapped for a link or gone since: the next scan sees what it is now
-                if folders is not None:
-                    folders.append(path)
                 try:
-                    yield from _scan(below, path + "/", count, depth - 1, folders)
+                    if on_folder is not None:
+                        on_folder(path, below)
+                    yield from _scan(below, path + "/", count, depth - 1, on_folder)
                 finally:
                     os.close(below)
             else:
@@ -232,9 +244,10 @@ def _scan(fd: int, prefix: str, count: _Count, depth: int, folders: list[str] | 
                     yield Refusal(shown, reason, status.st_size, identity)
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: bytes | str) -> bool:
+    """Whether ``name`` is valid UTF-8."""
     try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
+        os.fsencode(name).decode("utf-8")
+    except UnicodeDecodeError:
         return False
     return True

@@ -35,6 +35,7 @@ class BlobFolder:
         """Makes the folders and clears what dead processes left in ``tmp/``. Raises OSError."""
         self.root = root
         self.blobs = root / "blobs"
+        self._prefix = str(self.blobs)
         self._tmp_root = root / "tmp"
         for folder in (root, self.blobs, self._tmp_root):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -86,12 +87,16 @@ class BlobFolder:
     # -- paths -----------------------------------------------------------------------------
 
     def path(self, sha256: str) -> Path:
-        return self.blobs / sha256[:2] / sha256
+        return Path(self._name(sha256))
+
+    def _name(self, sha256: str) -> str:
+        return f"{self._prefix}/{sha256[:2]}/{sha256}"  # ten times as quick as a Path
 
     def exists(self, sha256: str) -> bool:
         """Whether the blob is there; then its ctime is renewed, so that a repair does not take it for an orphan."""
         try:
-            os.utime(self.path(sha256))
+            # Not utime: the mtime of an adopted file is part of its identity.
+            os.chmod(self._name(sha256), 0o400)  # noqa: PTH101 (a Path takes ten times as long)
         except FileNotFoundError:
             return False
         return True
@@ -135,7 +140,7 @@ class BlobFolder:
             if sha256[:2] not in self._prefixes:
                 (self.blobs / sha256[:2]).mkdir(mode=0o700, exist_ok=True)
                 self._prefixes.add(sha256[:2])
-            os.rename(name, self.path(sha256), src_dir_fd=self.tmp_fd)
+            os.rename(name, self._name(sha256), src_dir_fd=self.tmp_fd)
         self._sync([(str(self.blobs / prefix), None) for prefix in {sha256[:2] for _, sha256 in files}])
 
     def _sync(self, files: list[tuple[str, int | None]]) -> None:

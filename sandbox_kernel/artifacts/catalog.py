@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sandbox_kernel.errors import ArtifactRefused
+from sandbox_kernel.errors import ArtifactError, ArtifactRefused
 from sandbox_kernel.events import Artifact
 
 _SCHEMA = """
@@ -68,14 +68,17 @@ class Catalog:
                     self._db.execute("ROLLBACK")
                     raise
                 self._db.execute("COMMIT")
-            except sqlite3.OperationalError as exc:
+            except sqlite3.DatabaseError as exc:
                 with contextlib.suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
                 raise ArtifactRefused(f"the artifact store cannot record it: {exc} ({self.path})") from exc
 
     def _all(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         with self._lock:
-            return self._db.execute(query, values).fetchall()
+            try:
+                return self._db.execute(query, values).fetchall()
+            except sqlite3.DatabaseError as exc:
+                raise ArtifactError(f"the artifact catalog {self.path} cannot be read: {exc}") from exc
 
     # -- artifacts -------------------------------------------------------------------------
 
@@ -155,7 +158,7 @@ class Catalog:
         """Whether SQLite finds the file consistent."""
         try:
             return self._all("PRAGMA quick_check(1)") == [("ok",)]
-        except sqlite3.DatabaseError:
+        except ArtifactError:
             return False
 
 

@@ -7,6 +7,7 @@ copying where that is safe: hard-linked into the store, made root's and read-onl
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -14,16 +15,18 @@ import mimetypes
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from sandbox_kernel.artifacts.blobs import BlobFolder, store_reason
 from sandbox_kernel.errors import ArtifactRefused, UntrustedPath
-from sandbox_kernel.untrusted import Found, Refusal, adopted, file_identity, open_untrusted
+from sandbox_kernel.untrusted import Found, Refusal, adopted, file_identity, open_untrusted, stat_untrusted
 
 CHUNK = 2**20
 _ADOPT_FROM = CHUNK
-"""Smaller files are copied: as quick, and a kernel that opens its file again meanwhile is not turned away."""
+"""Smaller files are copied unless they are many: so a kernel that opens its file again is not turned away."""
+_SYNC_BESIDE = 8 * CHUNK
+"""From this size on, the disk writes while the processor hashes."""
 
 _TYPES = {
     ".parquet": "application/vnd.apache.parquet",
@@ -53,7 +56,7 @@ _MAGIC = (
 
 @dataclass(slots=True)
 class Taken:
-    """Bytes in ``tmp/`` (``temporary``) or already a blob (None). ``fd``: the adopted file, to be closed."""
+    """Bytes that are in ``tmp/`` under the name ``temporary``, or a blob already (None)."""
 
     path: str
     sha256: str
@@ -61,23 +64,23 @@ class Taken:
     content_type: str
     identity: tuple[int, ...]
     temporary: str | None
-    fd: int | None = None
+    adopted: bool = False
 
-    def settle(self) -> None:
-        """After the blob was placed: the file's identity as it is now (linking renewed its ctime)."""
-        if self.fd is not None:
-            self.identity = file_identity(os.fstat(self.fd))
-            self.close()
-
-    def close(self) -> None:
-        fd, self.fd = self.fd, None
-        if fd is not None:
-            os.close(fd)
+    def settle(self, dir_fd: int) -> None:
+        """After its blob was placed: an adopted file's identity as it is now, for linking renewed its ctime."""
+        if not self.adopted:
+            return
+        with contextlib.suppress(OSError, UntrustedPath):
+            status = stat_untrusted(dir_fd, self.path)
+            identity = file_identity(status)
+            # Root's and the same inode: nobody else can have touched it.
+            if status.st_uid == 0 and identity[:4] == self.identity[:4]:
+                self.identity = identity
 
 
 def type_of(path: str, head: bytes) -> str:
     """The MIME type by the name's suffix, else by the first bytes."""
-    suffix = PurePosixPath(path).suffix.lower()
+    suffix = f".{path.rpartition('.')[2].lower()}"
     known = _TYPES.get(suffix) or mimetypes.types_map.get(suffix)
     if known is not None:
         return known
@@ -104,10 +107,13 @@ def open_for_writing(fd: int) -> bool | None:
     return False
 
 
-def take(blobs: BlobFolder, dir_fd: int, found: Found, *, ended: bool, force: bool = False) -> Taken | Refusal | None:
+def take(
+    blobs: BlobFolder, dir_fd: int, found: Found, *, ended: bool, force: bool = False, many: bool = False
+) -> Taken | Refusal | None:
     """The bytes of ``found``; a Refusal (a full store too); or None: gone, still open, or changing, so not now.
 
     ``ended``: its cell has ended, so it may be adopted. ``force``: nobody is left who could close it.
+    ``many``: one of very many, so that quickness counts.
     """
     identity = file_identity(found.status)
     try:
@@ -116,34 +122,31 @@ def take(blobs: BlobFolder, dir_fd: int, found: Found, *, ended: bool, force: bo
         return None
     except (UntrustedPath, ArtifactRefused) as exc:
         return Refusal(found.path, str(exc), found.status.st_size, identity)
-    taken: Taken | Refusal | None = None
     try:
         status = os.fstat(fd)
         if status.st_size > found.status.st_size:
             return None  # grown since its size was allowed
         if adopted(status):
-            taken = _finish(blobs, fd, found.path, status)
-            return taken
+            return _finish(blobs, fd, found.path, status)
         writing = open_for_writing(fd)
         if writing and not force:
             return None
-        if ended and _adoptable(blobs, status, writing):
+        if ended and _adoptable(blobs, status, writing, many):
             taken = _adopt(blobs, fd, found.path, status)
             if taken is not None:
                 return taken
-        taken = _copy(blobs, fd, found.path, status, force=force)
-        return taken
+        return _copy(blobs, fd, found.path, status, force=force)
     except OSError as exc:
         return Refusal(found.path, store_reason(exc), found.status.st_size, identity)
     finally:
-        if not (isinstance(taken, Taken) and taken.fd == fd):
-            os.close(fd)
+        os.close(fd)
 
 
-def _adoptable(blobs: BlobFolder, status: os.stat_result, writing: bool | None) -> bool:
+def _adoptable(blobs: BlobFolder, status: os.stat_result, writing: bool | None, many: bool) -> bool:
     # Where host and kernel share a uid the kernel could open the blob for writing again: copy.
     foreign = os.geteuid() == 0
-    return foreign and writing is False and status.st_size >= _ADOPT_FROM and status.st_dev == blobs.device
+    fitting = writing is False and status.st_dev == blobs.device
+    return foreign and fitting and status.st_size >= (1 if many else _ADOPT_FROM)
 
 
 def _adopt(blobs: BlobFolder, fd: int, path: str, status: os.stat_result) -> Taken | None:
@@ -169,11 +172,25 @@ def _adopt(blobs: BlobFolder, fd: int, path: str, status: os.stat_result) -> Tak
     finally:
         if not kept:
             blobs.drop(name)  # gives it back to its owner, too
-    return Taken(path, sha256, status.st_size, type_of(path, head), file_identity(os.fstat(fd)), name, fd)
+    return Taken(path, sha256, status.st_size, type_of(path, head), file_identity(os.fstat(fd)), name, True)
 
 
 def _hash(fd: int, size: int) -> tuple[str, bytes]:
-    """SHA-256 and first bytes, while the disk is already writing: both take about as long. Raises OSError."""
+    """SHA-256 and first bytes, of a big file while the disk is already writing it. Raises OSError."""
+    digest, head, offset = hashlib.sha256(), b"", 0
+    with _syncing(fd) if size >= _SYNC_BESIDE else contextlib.nullcontext():
+        while offset < size:
+            data = os.pread(fd, min(CHUNK, size - offset), offset)
+            if not data:
+                break
+            head = head or data[:512]
+            digest.update(data)
+            offset += len(data)
+    return digest.hexdigest(), head
+
+
+@contextlib.contextmanager
+def _syncing(fd: int) -> Iterator[None]:
     failed: list[OSError] = []
 
     def sync() -> None:
@@ -182,22 +199,14 @@ def _hash(fd: int, size: int) -> tuple[str, bytes]:
         except OSError as exc:  # Linux tells of a lost write once only
             failed.append(exc)
 
-    syncing = threading.Thread(target=sync)
-    syncing.start()
+    thread = threading.Thread(target=sync)
+    thread.start()
     try:
-        digest, head, offset = hashlib.sha256(), b"", 0
-        while offset < size:
-            data = os.pread(fd, CHUNK, offset)
-            if not data:
-                break
-            head = head or data[:512]
-            digest.update(data)
-            offset += len(data)
+        yield
     finally:
-        syncing.join()
+        thread.join()
     if failed:
         raise failed[0]
-    return digest.hexdigest(), head
 
 
 def _finish(blobs: BlobFolder, fd: int, path: str, status: os.stat_result) -> Taken | None:

@@ -29,6 +29,9 @@ from sandbox_kernel.errors import ArtifactError, ArtifactNotFound, ArtifactRefus
 from sandbox_kernel.events import Artifact, utc_now
 from sandbox_kernel.untrusted import Found, Refusal, file_identity, remove_untrusted
 
+MANY = 200
+"""Files in one batch above which small ones too are adopted instead of copied."""
+
 Kind = Literal["file", "output", "export"]
 Artifacts = list[Artifact]
 
@@ -235,7 +238,7 @@ class ArtifactStore:
         self,
         session_id: str,
         dir_fd: int,
-        found: Iterable[Found],
+        found: Sequence[Found],
         *,
         ended: bool,
         force: bool = False,
@@ -263,7 +266,7 @@ class ArtifactStore:
             if reason is not None:
                 result.refused.append(Refusal(item.path, reason, item.status.st_size, identity))
                 continue
-            taken = take(self.blobs, dir_fd, item, ended=ended, force=force)
+            taken = take(self.blobs, dir_fd, item, ended=ended, force=force, many=len(found) > MANY)
             if taken is None:
                 result.waiting.append(item.path)
             elif isinstance(taken, Refusal):
@@ -274,7 +277,7 @@ class ArtifactStore:
                 if before is not None and _touched(before, taken):
                     renewed.append((_source(taken.identity), before[0]))
         try:
-            self._record(result, session_id, fresh, renewed, execution_count, msg_id)
+            self._record(result, session_id, dir_fd, fresh, renewed, execution_count, msg_id)
         except ArtifactRefused as exc:
             result.refused += [Refusal(t.path, str(exc), t.size_bytes, t.identity) for t in fresh]
             fresh, result.created = [], []
@@ -289,6 +292,7 @@ class ArtifactStore:
         self,
         result: Ingested,
         session_id: str,
+        dir_fd: int,
         fresh: Sequence[Taken],
         renewed: Sequence[tuple[str, str]],
         execution_count: int | None,
@@ -305,7 +309,7 @@ class ArtifactStore:
             raise
         finally:
             for taken in fresh:
-                taken.settle()
+                taken.settle(dir_fd)
         touched = {artifact_id for _, artifact_id in renewed}
         rows: list[Row] = []
         for taken in fresh:

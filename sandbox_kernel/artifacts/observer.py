@@ -1,0 +1,356 @@
+"""The observer sees what a kernel writes into ``artifacts/`` and has it ingested, while a cell runs and at its end.
+
+inotify only says where to look early; what counts is the sweep when a cell has ended: nothing depends on its latency.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from sandbox_kernel.artifacts.store import ArtifactStore
+from sandbox_kernel.artifacts.watch import FolderWatch
+from sandbox_kernel.directory import SessionDirectory
+from sandbox_kernel.errors import ArtifactError, UntrustedPath
+from sandbox_kernel.events import Artifact
+from sandbox_kernel.untrusted import (
+    FOLDER,
+    Found,
+    Refusal,
+    file_identity,
+    is_text,
+    printable,
+    refusal_of,
+    scan_untrusted,
+    stat_untrusted,
+)
+
+QUIET_S = 0.5
+"""A file is taken while its cell runs when it was not closed again for so long; twice as long per further version."""
+MAX_QUIET_S = 60.0
+NEXT_CELL_S = 0.25
+"""How late the host may learn that the next cell has started."""
+_MAX_DIRTY = 10_000
+_BATCH_FILES = 1000
+_BATCH_BYTES = 512 * 2**20
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Something that lies in ``artifacts/``; ``reason`` says why it will never be taken, None: it will be."""
+
+    path: str
+    size_bytes: int
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    msg_id: str | None = None
+    execution_count: int | None = None
+    started: float = 0.0
+    """Unix time at which the host heard of it."""
+
+
+class Observer:
+    """Ingests one session's ``artifacts/``; an async context manager of one event loop.
+
+    ``on_created`` (rows committed, each artifact exactly once) and ``on_refused`` (once per file and change) are called
+    on the event loop; those of a cell before its :meth:`cell_finished` returns.
+    """
+
+    def __init__(
+        self,
+        artifacts: SessionDirectory | Path,
+        store: ArtifactStore,
+        session_id: str,
+        *,
+        on_created: Callable[[list[Artifact]], None],
+        on_refused: Callable[[list[Refusal]], None],
+    ) -> None:
+        self.path = artifacts.artifacts if isinstance(artifacts, SessionDirectory) else artifacts
+        self.store = store
+        self.session_id = session_id
+        self._on_created = on_created
+        self._on_refused = on_refused
+        self._cell = _Cell()
+        self._running = False
+        self._cells: dict[str, _Cell] = {}
+        self._made: dict[str, list[Artifact]] = {}
+        self._versions: dict[str, int] = {}
+        self._told: set[int] = set()
+        self._dirty: dict[bytes, float] = {}
+        self._looked = 0.0
+        self._look = False
+        """A whole scan is due: a new folder, or lost events."""
+        self._woken = False
+        self._wake = asyncio.Event()
+        self._lock = asyncio.Lock()
+        self._fd = -1
+
+    async def __aenter__(self) -> Observer:
+        """Begins to watch; what lies there already is ingested soon. Raises UntrustedPath, OSError."""
+        self._loop = asyncio.get_running_loop()
+        try:
+            self._fd = os.open(self.path, FOLDER)
+        except NotADirectoryError:
+            raise UntrustedPath(f"{self.path} is a link or no folder") from None
+        self._watch = FolderWatch(self._file_closed, self._folder_made)
+        self._watch.add("", self._fd)
+        self._task = asyncio.create_task(self._run(), name=f"observer {self.session_id}")
+        if not self._empty():
+            self._folder_made()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        """Ends watching; what has not been ingested stays."""
+        self._task.cancel()
+        await asyncio.wait({self._task})
+        async with self._lock:
+            self._watch.close()
+            os.close(self._fd)
+            self._fd = -1
+
+    # -- cells -----------------------------------------------------------------------------
+
+    def cell_started(self, msg_id: str, execution_count: int | None) -> None:
+        """From now on files are this cell's. Again with the same ``msg_id``: its count has become known."""
+        same = msg_id == self._cell.msg_id and self._running
+        self._cell = _Cell(msg_id, execution_count, self._cell.started if same else time.time())
+        self._running = True
+        self._cells[msg_id] = self._cell
+        self._made.setdefault(msg_id, [])
+        if not same:
+            self._versions.clear()
+
+    async def cell_finished(self, msg_id: str) -> list[Artifact]:
+        """All artifacts the cell made, complete for the files closed by now; they are gone from ``artifacts/``.
+
+        When the next cell runs already, what it may have touched is left to it. Raises ArtifactError.
+        """
+        cell = self._cells.pop(msg_id, None) or _Cell(msg_id)
+        if cell is self._cell:
+            self._running = False
+        if self._lock.locked() or self._look or not self._empty():
+            await self._sweep(cell)
+        else:
+            self._dirty.clear()
+        return self._made.pop(msg_id, [])
+
+    async def drain(self) -> list[Artifact]:
+        """The kernel is gone: take everything, also what it left open. Raises ArtifactError."""
+        self._running = False
+        return await self._sweep(self._cell, force=True)
+
+    async def waiting(self) -> list[Waiting]:
+        """What lies in ``artifacts/`` now. Raises ArtifactError."""
+
+        def look() -> list[Waiting]:
+            return [
+                Waiting(item.path, item.status.st_size, None)
+                if isinstance(item, Found)
+                else Waiting(item.path, item.size_bytes, item.reason)
+                for item in scan_untrusted(self._fd)
+            ]
+
+        async with self._lock:
+            return await _in_thread(look)
+
+    # -- what watchdog's thread says -------------------------------------------------------
+
+    def _file_closed(self, path: bytes) -> None:
+        if len(self._dirty) < _MAX_DIRTY:
+            self._dirty[path] = time.monotonic()
+        else:
+            self._look = True
+        self._rouse()
+
+    def _folder_made(self) -> None:
+        self._look = True
+        self._rouse()
+
+    def _rouse(self) -> None:
+        if not self._woken:
+            self._woken = True
+            try:
+                self._loop.call_soon_threadsafe(self._wake.set)
+            except RuntimeError:
+                return  # the loop is closed: nobody is left to tell
+
+    # -- the task --------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while True:
+            await self._wait()
+            now = time.monotonic()
+            look = self._look and self._looked + QUIET_S <= now
+            if look:
+                self._look, self._looked = False, now
+            due = [path for path, closed in list(self._dirty.items()) if closed + self._quiet(path) <= now]
+            for path in due:
+                self._dirty.pop(path, None)
+            if not due and not look:
+                continue
+            try:
+                async with self._lock:
+                    cell, ended = self._cell, not self._running
+                    await _in_thread(lambda: self._take_early(cell, due, look, ended))  # noqa: B023 (awaited here)
+            except ArtifactError as exc:
+                _log.warning("session %s: %s", self.session_id, exc)
+
+    async def _wait(self) -> None:
+        """Until something is due, or something new was said."""
+        times = [closed + self._quiet(path) for path, closed in list(self._dirty.items())]
+        if self._look:
+            times.append(self._looked + QUIET_S)  # folder after folder must not mean scan after scan
+        timeout = min(times) - time.monotonic() if times else None
+        if timeout is None or timeout > 0:
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+        self._wake.clear()
+        self._woken = False
+
+    def _quiet(self, path: bytes) -> float:
+        return float(min(MAX_QUIET_S, QUIET_S * 2 ** min(self._versions.get(printable(path), 0), 10)))
+
+    # -- in a thread, under the lock -------------------------------------------------------
+
+    def _take_early(self, cell: _Cell, due: Sequence[bytes], look: bool, ended: bool) -> None:
+        if look:
+            now = time.monotonic()
+            for item in scan_untrusted(self._fd, on_folder=self._watch.add):
+                if isinstance(item, Found) and len(self._dirty) < _MAX_DIRTY:
+                    self._dirty.setdefault(os.fsencode(item.path), now)
+        found: list[Found] = []
+        refused: list[Refusal] = []
+        for path in due:
+            try:
+                status = stat_untrusted(self._fd, path)
+            except (OSError, ArtifactError):
+                continue
+            reason = refusal_of(status) if is_text(path) else "a name that is not valid UTF-8"
+            if reason is None:
+                found.append(Found(os.fsdecode(path), status))
+            elif reason != "a folder":
+                refused.append(Refusal(printable(path), reason, status.st_size, file_identity(status)))
+        for batch in _batches(found):
+            refused += self._ingest(batch, cell, ended=ended)
+        self._tell(refused)
+
+    async def _sweep(self, cell: _Cell, *, force: bool = False) -> list[Artifact]:
+        async with self._lock:
+            following = self._cell if self._running and cell is not self._cell else None
+            before = time.monotonic()
+            self._look = False
+            made: list[Artifact] = []
+            await _in_thread(lambda: self._take_all(cell, following, force, made))
+            for path, closed in list(self._dirty.items()):
+                if closed < before and following is None:
+                    self._dirty.pop(path, None)
+            return made
+
+    def _take_all(self, cell: _Cell, following: _Cell | None, force: bool, made: list[Artifact]) -> None:
+        refused: list[Refusal] = []
+
+        def files(ended: bool) -> Iterator[Found]:
+            """``ended``: those that nobody but an ended cell can have written; else those that may be either's."""
+            for item in scan_untrusted(self._fd, on_folder=self._watch.add):
+                if isinstance(item, Refusal):
+                    if ended:
+                        refused.append(item)
+                    continue
+                if following is not None:
+                    written = item.status.st_ctime
+                    old = written < following.started - NEXT_CELL_S
+                    if old != ended or written >= following.started:
+                        continue
+                yield item
+
+        for batch in _batches(files(True)):
+            refused += self._ingest(batch, cell, ended=True, force=force, made=made)
+        if following is not None:
+            for batch in _batches(files(False)):
+                refused += self._ingest(batch, cell, ended=False, made=made)
+        self._tell(refused, all_of_them=True)
+
+    def _ingest(
+        self, batch: list[Found], cell: _Cell, *, ended: bool, force: bool = False, made: list[Artifact] | None = None
+    ) -> list[Refusal]:
+        def committed(artifacts: list[Artifact]) -> None:
+            if made is not None:
+                made.extend(artifacts)
+            self._loop.call_soon_threadsafe(self._created, artifacts)
+
+        return self.store.ingest(
+            self.session_id,
+            self._fd,
+            batch,
+            ended=ended,
+            force=force,
+            execution_count=cell.execution_count,
+            msg_id=cell.msg_id,
+            on_committed=committed,
+        ).refused
+
+    def _tell(self, refused: Sequence[Refusal], *, all_of_them: bool = False) -> None:
+        marks = {hash((refusal.path, refusal.reason, refusal.identity)): refusal for refusal in refused}
+        news = [refusal for mark, refusal in marks.items() if mark not in self._told]
+        self._told = set(marks) if all_of_them else self._told | set(marks)
+        if news:
+            self._loop.call_soon_threadsafe(self._on_refused, news)
+
+    # -- on the loop -----------------------------------------------------------------------
+
+    def _created(self, artifacts: list[Artifact]) -> None:
+        for artifact in artifacts:
+            if self._running:
+                self._versions[artifact.path] = self._versions.get(artifact.path, 0) + 1
+            if artifact.msg_id in self._made:
+                self._made[artifact.msg_id].append(artifact)
+        self._on_created(artifacts)
+
+    def _empty(self) -> bool:
+        with os.scandir(self._fd) as entries:
+            return next(entries, None) is None
+
+
+def _batches(found: Iterable[Found]) -> Iterator[list[Found]]:
+    """Groups of one transaction each, within each the oldest file first."""
+    batch: list[Found] = []
+    size = 0
+    for item in found:
+        batch.append(item)
+        size += item.status.st_size
+        if len(batch) >= _BATCH_FILES or size >= _BATCH_BYTES:
+            yield sorted(batch, key=_age)
+            batch, size = [], 0
+    if batch:
+        yield sorted(batch, key=_age)
+
+
+def _age(found: Found) -> tuple[int, str]:
+    return found.status.st_mtime_ns, found.path
+
+
+async def _in_thread(work: Callable[[], _T]) -> _T:
+    """``work()`` in a thread. A cancelled caller waits for it all the same: it uses our descriptors."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
+    except OSError as exc:
+        raise ArtifactError(f"artifacts cannot be read: {exc}") from exc
