@@ -5,6 +5,9 @@ imported. Of anything else the class name is given and none of its code is calle
 ``__class__``, ``__hash__``, ``__getattr__``. Lazy frames are of that kind, so nothing is computed.
 """
 
+# What these would have needs Python 3.10.
+# ruff: noqa: B905, RUF007
+
 import collections
 import datetime
 import re
@@ -35,10 +38,9 @@ _qualname = type.__dict__["__qualname__"].__get__
 _module = type.__dict__["__module__"].__get__
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
-_SECRET = frozenset(
-    "password passwd passwort passphrase pwd secret secrets token credential credentials creds apikey auth authorization bearer".split()
-)
-_KEY_OF = frozenset("api access private secret signing encryption auth account master ssh".split())
+_SECRET = {"password", "passwd", "passwort", "passphrase", "pwd", "secret", "secrets", "token", "credential"}
+_SECRET |= {"credentials", "creds", "apikey", "auth", "authorization", "bearer"}
+_KEY_OF = {"api", "access", "private", "secret", "signing", "encryption", "auth", "account", "master", "ssh"}
 
 
 def looks_secret(name: str) -> bool:
@@ -70,7 +72,7 @@ def clean(text: str) -> str:
 
 
 class Describer:
-    """Describes values. ``secrets`` are texts that never appear in a description; ``mask`` hides values of secret-looking names."""
+    """Describes values. ``secrets`` never appear in a description; ``mask`` hides values of secret-looking names."""
 
     def __init__(self, secrets: Sequence[str] = (), mask: bool = True) -> None:
         plain = [text for text in secrets if len(text) >= 4]
@@ -205,7 +207,9 @@ class Describer:
 
     # --- kinds of values -----------------------------------------------------------------------
 
-    def _know(self, describe: Callable[[Any], Description], classes: Iterable[Any], kind: Optional[Set[int]] = None) -> None:
+    def _know(
+        self, describe: Callable[[Any], Description], classes: Iterable[Any], kind: Optional[Set[int]] = None
+    ) -> None:
         for cls in classes:
             self._known[id(cls)] = (cls, describe)  # holding the class, its id stays its own
             if kind is not None:
@@ -229,7 +233,7 @@ class Describer:
     def _scalar(self, value: Any) -> Description:
         """A value whose own ``str`` is short and runs no foreign code."""
         parts = (value.start, value.stop, value.step) if type(value) in (range, slice) else ()
-        if any(type(part) is not int and part is not None or (part or 0).bit_length() > INT_BITS for part in parts):
+        if any(part is not None and (type(part) is not int or part.bit_length() > INT_BITS) for part in parts):
             return {"value": f"<{type(value).__name__} object>"}
         return {"value": self._cut(str(value), SMALL)}
 
@@ -293,7 +297,8 @@ class Describer:
             return {"value": text + more, "shape": list(value.shape), "dtype": str(value.dtype)[:SMALL]}
 
         def index(value: Any) -> Description:
-            return {"value": self.brief(value[:ROWS].tolist()), "shape": [len(value)], "dtype": str(value.dtype)[:SMALL]}
+            text = self.brief(value[:ROWS].tolist())
+            return {"value": text, "shape": [len(value)], "dtype": str(value.dtype)[:SMALL]}
 
         self._know(frame, [pandas["DataFrame"]], self._shaped)
         self._know(series, [pandas["Series"]], self._shaped)
@@ -352,11 +357,11 @@ _LONG = 1 << 64
 def _all_numbers(items: List[Any]) -> bool:
     """True when ``repr`` of the list is quick and short: no foreign types, no giant integers."""
     kinds = set(map(id, map(type, items)))
-    return kinds <= _NUMBERS and (id(int) not in kinds or all(-_LONG < item < _LONG for item in items if item is not None))
+    return kinds <= _NUMBERS and (id(int) not in kinds or all(item is None or -_LONG < item < _LONG for item in items))
 
 
 def _function(value: types.FunctionType) -> Description:
-    """``qualname(a, b=..., *rest, key=...)`` from the code object; defaults are not shown, as their repr is anybody's."""
+    """``qualname(a, b=..., *rest, key=...)`` from the code object; the repr of a default is anybody's code."""
     code = value.__code__
     names = list(code.co_varnames)
     count, keywords = code.co_argcount, code.co_kwonlyargcount
@@ -378,4 +383,3 @@ def _function(value: types.FunctionType) -> Description:
 
 def _builtin(value: Any) -> Description:
     return {"value": f"<built-in function {str(value.__name__)[:SMALL]}>"}
-

@@ -2,8 +2,8 @@
 
 An IPython extension, loaded by ``launch.py``. It wraps three methods of this one kernel object (nothing global):
 
-- ``dispatch_shell``: when the original has returned, reply and idle are on their way; the cell's end goes to the journal
-  and a timer is armed. The next request disarms it.
+- ``dispatch_shell``: when the original has returned, reply and idle are on their way; the cell's end goes to the
+  journal and a timer is armed. The next request disarms it.
 - the ``execute_request`` handler and ``finish_metadata``: who asked for which cell, and how it ended.
 
 The timer's tick describes the namespace in small slices, gives way to a request that arrives meanwhile, and runs
@@ -11,7 +11,10 @@ regardless when the state file has lagged for a second. Nothing here raises into
 written costs one line in the container's log.
 """
 
+# ruff: noqa: PTH118
+
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -42,7 +45,17 @@ STEP = 30
 _IPYTHON = re.compile(r"_(\d+|_{0,2}|i{1,3}|i\d+|[iod]h|exit_code)|__\w+__")
 """Names that IPython and Python keep in the namespace themselves."""
 _IMMUTABLE = frozenset(map(id, (type(None), bool, int, float, complex, str, bytes)))
+_log: int = 2
+_said: Set[str] = set()
 _cell: "ContextVar[Optional[Cell]]" = ContextVar("sandbox_kernel_cell", default=None)
+
+
+def say(text: str) -> None:
+    """One line in the container's log, once; past ipykernel's capture of stderr."""
+    if text not in _said and len(_said) < 100:
+        _said.add(text)
+        with contextlib.suppress(OSError):
+            os.write(_log, f"sandbox-kernel: {text}\n".encode("utf-8", "backslashreplace"))
 
 
 class Hook:
@@ -57,8 +70,6 @@ class Hook:
         self.imports = Imports()
         self.main = threading.get_ident()
         self.loop: Optional[asyncio.AbstractEventLoop] = None
-        self.log_fd: int = getattr(sys.stderr, "_original_stdstream_copy", 2)
-        self.said: Set[str] = set()
         self.busy = 0
         self.timer: Optional[asyncio.TimerHandle] = None
         self.slices: Optional[Iterator[None]] = None
@@ -68,20 +79,11 @@ class Hook:
         self.cache: Dict[str, Tuple[Any, str]] = {}
         self.poll = self._shell_poll()
 
-    def say(self, text: str) -> None:
-        """One line in the container's log, once."""
-        if text not in self.said and len(self.said) < 100:
-            self.said.add(text)
-            try:
-                os.write(self.log_fd, f"sandbox-kernel: {text}\n".encode("utf-8", "backslashreplace"))
-            except OSError:
-                pass
-
     def install(self) -> None:
         """Wrap the kernel's methods, and leave an empty state file so that there is one from the beginning."""
         kernel, shell = self.kernel, self.shell
-        dispatch, execute, finish = kernel.dispatch_shell, kernel.shell_handlers["execute_request"], kernel.finish_metadata
-        run_code = shell.run_code
+        dispatch, finish, run_code = kernel.dispatch_shell, kernel.finish_metadata, shell.run_code
+        execute = kernel.shell_handlers["execute_request"]
 
         async def dispatch_shell(msg: Any, *args: Any, **kwargs: Any) -> Any:
             main = threading.get_ident() == self.main and not kwargs.get("concurrent")
@@ -119,7 +121,7 @@ class Hook:
             try:
                 self.imports.before(code)
             except Exception as exc:
-                self.say(f"imports are not tracked exactly: {type(exc).__name__}: {exc}")
+                say(f"imports are not tracked exactly: {type(exc).__name__}: {exc}")
             return run_code(code, *args, **kwargs)
 
         kernel.dispatch_shell = dispatch_shell
@@ -145,7 +147,8 @@ class Hook:
 
     def _cell_ended(self, cell: Cell) -> None:
         self._note(cell.ended())
-        self.last = {"execution_count": cell.entry["execution_count"] or self.last["execution_count"], "msg_id": cell.entry["msg_id"]}
+        count = cell.entry["execution_count"] or self.last["execution_count"]
+        self.last = {"execution_count": count, "msg_id": cell.entry["msg_id"]}
         result = getattr(self.shell, "last_execution_result", None)
         source = getattr(getattr(result, "info", None), "transformed_cell", None) or cell.entry["code"]
         if "import" in source:
@@ -157,7 +160,7 @@ class Hook:
         try:
             self.journal.append(entry)
         except (OSError, ValueError) as exc:
-            self.say(f"cannot write {self.journal.path}: {exc}")
+            say(f"cannot write {self.journal.path}: {exc}")
 
     # --- between cells -------------------------------------------------------------------------
 
@@ -170,7 +173,7 @@ class Hook:
             poll.register(self.kernel.shell_stream.socket.getsockopt(zmq.FD), select.POLLIN)
             return poll
         except Exception as exc:
-            self.say(f"cannot see requests arrive ({type(exc).__name__}: {exc}); giving way between slices only")
+            say(f"cannot see requests arrive ({type(exc).__name__}: {exc}); giving way between slices only")
             return None
 
     def _arm(self, delay: float) -> None:
@@ -199,7 +202,7 @@ class Hook:
                     self._arm(0)
                     return
         except Exception as exc:
-            self.say(f"cannot write {self.path}: {type(exc).__name__}: {exc}")
+            say(f"cannot write {self.path}: {type(exc).__name__}: {exc}")
         self.slices = None
         self.lagging_since = None
 
@@ -259,7 +262,7 @@ class Hook:
         try:
             replace(self.path, text.encode("ascii"))
         except OSError as exc:
-            self.say(f"cannot write {self.path}: {exc}")
+            say(f"cannot write {self.path}: {exc}")
 
 
 def _failed_at(result: Any, namespace: Dict[str, Any]) -> Optional[int]:
@@ -277,12 +280,17 @@ def _failed_at(result: Any, namespace: Dict[str, Any]) -> Optional[int]:
 
 def load_ipython_extension(shell: Any) -> None:
     """Called by IPython when the kernel starts, before it serves requests."""
+    global _log
+    _log = getattr(sys.stderr, "_original_stdstream_copy", 2)
     kernel = getattr(shell, "kernel", None)
     options = shell.config.SandboxHook if kernel is not None else {}
     if options.get("trims"):
         from . import trims
 
-        trims.apply(shell, kernel)
+        trims.apply(shell, kernel, say)
     if options.get("state_dir"):
-        hook = Hook(shell, kernel, options["state_dir"], options["mask_secrets"], options.get("secrets", []))
-        hook.install()
+        try:
+            hook = Hook(shell, kernel, options["state_dir"], options["mask_secrets"], options.get("secrets", []))
+            hook.install()
+        except Exception as exc:
+            say(f"this kernel keeps no state and no journal, its internals are not known: {type(exc).__name__}: {exc}")

@@ -129,7 +129,8 @@ class Imports:
                 continue
             deeper = inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
             straight = certain and isinstance(node, (ast.Module, ast.With, ast.AsyncWith, ast.ClassDef))
-            waiting += [(child, straight, deeper) for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+            below = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+            waiting += [(child, straight, deeper) for child in below]
             for block in [*getattr(node, "handlers", []), *getattr(node, "cases", [])]:
                 waiting += [(child, False, deeper) for child in block.body]
 

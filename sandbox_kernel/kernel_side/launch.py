@@ -12,12 +12,17 @@ A kernel that ends by itself ends the supervisor: with its exit code, or 128 + i
 Exit 78: this image has no ipykernel. Exit 66: the options or the connection file cannot be read.
 
 Options (all but ``connection_file`` may be left out): ``connection_file`` (Jupyter's own format; read, never written);
-``imports`` modules to import beforehand; ``trims``, ``mask_secrets``, ``state_dir`` for the hook; ``artifacts_dir`` is made
-when it is missing; ``env`` and ``secrets_file`` (a JSON object) become environment variables of the kernel only; ``cwd``.
+``imports`` modules to import beforehand; ``trims``, ``mask_secrets``, ``state_dir`` for the hook; ``artifacts_dir`` is
+made when it is missing; ``env`` and ``secrets_file`` (a JSON object) become environment variables of the kernel only;
+``cwd``.
 
 The supervisor stays single-threaded and makes no zmq context: both would not survive the fork.
 """
 
+# Descriptors, processes and /proc, not paths.
+# ruff: noqa: PTH100, PTH103, PTH108, PTH109, PTH118, PTH120, PTH123, PTH208
+
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -51,10 +56,8 @@ Options = Dict[str, Any]
 
 def say(text: str) -> None:
     """One line in the container's log."""
-    try:
+    with contextlib.suppress(OSError):
         os.write(2, f"sandbox-kernel: {text}\n".encode("utf-8", "backslashreplace"))
-    except OSError:
-        pass
 
 
 def read_options(path: str) -> Options:
@@ -91,7 +94,7 @@ def preload(options: Options) -> None:
         raise SystemExit(EX_CONFIG) from None
     importlib.import_module(f"{PACKAGE}.hook")
     # What ipykernel itself imports only while its application starts.
-    lazily = ["ipykernel.debugger", "ipykernel.datapub", "IPython.core.magics", "IPython.core.completer", "IPython.display"]
+    lazily = ["ipykernel.debugger", "IPython.core.magics", "IPython.core.completer", "IPython.display"]
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     for name in [*lazily, *options["imports"]]:
         try:
@@ -157,10 +160,8 @@ def kill_all() -> None:
             say(f"{len(family)} processes do not die; going on")
             return
         for pid in family:
-            try:
+            with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-            except OSError:
-                pass
         signal.sigtimedwait({signal.SIGCHLD}, 0.02)
         reap(0)
 
@@ -234,7 +235,7 @@ def run_kernel(options: Options, connection_file: str) -> None:
         os.chdir(options["cwd"])
     except OSError as exc:
         say(f"cannot work in {options['cwd']}: {exc.strerror}; staying in {os.getcwd()}")
-    if "numpy" in sys.modules:  # its global generator was seeded before the fork: each kernel would draw the same numbers
+    if "numpy" in sys.modules:  # its generator was seeded before the fork: each kernel would draw the same numbers
         sys.modules["numpy"].random.seed()
 
     import zmq
@@ -290,10 +291,8 @@ def supervise(kernel: int) -> Optional[int]:
             kill_all()
             return 128 + signal.SIGTERM
         if number == signal.SIGINT:
-            try:
+            with contextlib.suppress(OSError):
                 os.killpg(kernel, signal.SIGINT)
-            except OSError:
-                pass
             continue
         status = reap(kernel)
         if status is None:

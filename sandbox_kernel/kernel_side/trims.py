@@ -1,21 +1,14 @@
 """What an ipykernel does at each cell that nobody here uses, left out one by one.
 
-Each trim says what it saves, as measured by ``benchmarks/kernel_trims.py`` (``pass``, ratio of the time to reply AND idle
-to stock ipykernel 7.4 over ipc), looks exactly for what it changes, and leaves stock behaviour with one line in the
-container's log where ipykernel or IPython have moved.
+Each trim says what it saves, as measured by ``benchmarks/kernel_trims.py`` (``pass``, ratio of the time to reply AND
+idle to stock ipykernel 7.4 over ipc), looks exactly for what it changes, and leaves stock behaviour with one line in
+the container's log where ipykernel or IPython have moved.
 """
 
 import contextlib
-import os
 import sys
 import zlib
 from typing import Any, Callable, Dict, Iterator, Tuple
-
-
-def say(text: str) -> None:
-    """One line in the container's log, past ipykernel's capture of stderr."""
-    os.write(getattr(sys.stderr, "_original_stdstream_copy", 2), f"sandbox-kernel: {text}\n".encode())
-
 
 # --- before the kernel starts ------------------------------------------------------------------
 
@@ -34,7 +27,7 @@ def skip_debugger() -> None:
 
 
 def configure(config: Any) -> None:
-    """Trims that are configuration: history in memory instead of SQLite on disk with a thread of its own, and no sleep before the reply."""
+    """Trims that are configuration: history in memory, not on disk by its own thread; no sleep before the reply."""
     config.HistoryManager.hist_file = ":memory:"
     config.Kernel._execute_sleep = 0.0
     config.IPKernelApp.outstream_class = f"{__name__}.QuietStream"
@@ -47,7 +40,7 @@ def __getattr__(name: str) -> Any:
     from ipykernel.iostream import OutStream
 
     class QuietStream(OutStream):  # type: ignore[misc, unused-ignore]
-        """A stream whose ``flush()`` returns at once when nothing is buffered: it saves two hops to the iopub thread each."""
+        """A stream whose ``flush()`` returns at once when nothing is buffered, saving two hops to the iopub thread."""
 
         def flush(self) -> None:
             if self.echo is None and getattr(self, "_buffers", True) == {}:
@@ -94,7 +87,7 @@ def transform_once(shell: Any, kernel: Any) -> None:
 
 
 def name_cells_faster(shell: Any, kernel: Any) -> None:
-    """A cell's file name is a hash of its code that pure Python computes, for the debugger to compute again: use zlib's."""
+    """A cell's file name is a hash of its code in pure Python, for the debugger to compute again: use zlib's."""
     import ipykernel.compiler
 
     if not callable(ipykernel.compiler.murmur2_x86):
@@ -103,8 +96,10 @@ def name_cells_faster(shell: Any, kernel: Any) -> None:
 
 
 def keep_no_outputs(shell: Any, kernel: Any) -> None:
-    """IPython keeps every output of every cell in ``history_manager.outputs`` (a kernel that printed 200 MB stays at 382 MB)."""
-    outputs = shell.history_manager.outputs
+    """IPython keeps every output of every cell in ``history_manager.outputs``: after 200 MB of prints, 382 MB."""
+    outputs = getattr(shell.history_manager, "outputs", None)
+    if outputs is None:  # an IPython before 9.0: nothing is kept
+        return
     if hasattr(shell, "_tee"):
 
         @contextlib.contextmanager
@@ -115,7 +110,7 @@ def keep_no_outputs(shell: Any, kernel: Any) -> None:
     shell.events.register("post_run_cell", lambda result: outputs.clear())
 
 
-def apply(shell: Any, kernel: Any) -> None:
+def apply(shell: Any, kernel: Any, say: Callable[[str], None]) -> None:
     """Apply the trims to a kernel that is being made; called by the hook."""
     for trim in (remember_signatures, transform_once, name_cells_faster, keep_no_outputs):
         try:
