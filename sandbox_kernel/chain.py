@@ -54,6 +54,8 @@ class ChainedLog:
         self._join(self.head if self.head.lines else None)
 
     def _join(self, recorded: Head | None) -> None:
+        if recorded is not None and recorded.size == self._file.size + 1:
+            self._file.append(b"\n")  # only the newline was lost
         found = recorded is not None and self._ends_at(recorded)
         at = recorded if recorded is not None and found else Head(GENESIS, 0, 0)
         last: RawLine | None = None

@@ -10,6 +10,7 @@ Also here, because writer and readers must agree on it: how a value becomes one 
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -127,10 +128,20 @@ def encode(value: Any) -> bytes:
     return text.encode()
 
 
+def _escape_bytes(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    # Doubled, so that inside a JSON string it is the text \xff.
+    return "".join(f"\\\\x{byte:02x}" for byte in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("sandbox-kernel.json", _escape_bytes)
+
+
 def decode(data: bytes) -> dict[str, Any]:
-    """The JSON object in one line. Raises ValueError with the reason when there is none."""
+    """The JSON object in one line; bytes that are no UTF-8 become the text ``\\xff``. Raises ValueError with the reason
+    when there is none."""
     try:
-        value = json.loads(data.decode("utf-8", "backslashreplace").lstrip("\ufeff"))
+        value = json.loads(data.decode("utf-8", "sandbox-kernel.json").lstrip("\ufeff"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except ValueError as exc:
