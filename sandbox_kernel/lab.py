@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import webbrowser
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +35,9 @@ from sandbox_kernel.errors import KernelStartError, SandboxError, SettingsError
 from sandbox_kernel.provisioning.attach import PROVISIONER, AttachedKernelSpecs, read_connection_file
 
 _START_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 10.0
+_STOP_TIMEOUT_S = 3.0
+"""Lab ends in about 1 s; it hangs after a refused kernel start (its `shutdown_all` trips over it), and killing it harms nothing."""
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,8 @@ class LabTarget:
 
     @property
     def kernel_name(self) -> str:
-        """Name of the session's kernelspec. Jupyter ignores case in these, session ids do not."""
-        lower = self.session_id.lower()
-        if lower == self.session_id:
-            return f"sandbox-{lower}"
-        # The positions of the capitals keep `Conv` and `conv` apart, and still say which is which.
-        capitals = "".join("1" if c.isupper() else "0" for c in self.session_id)
-        return f"sandbox-{lower}-{int(capitals[::-1], 2):x}"
+        """Name of the session's kernelspec. Jupyter ignores case there: ``Conv`` becomes ``sandbox-_conv``."""
+        return "sandbox-" + re.sub(r"[A-Z_]", lambda match: "_" + match[0].lower(), self.session_id)
 
     @property
     def notebook(self) -> Path:
@@ -144,11 +145,13 @@ class LabServer:
         self._token = secrets.token_urlsafe(32)
         self._stack = contextlib.AsyncExitStack()
         self._process: asyncio.subprocess.Process | None = None
+        self._signalled: asyncio.Future[int]
 
     async def __aenter__(self) -> Self:
         if importlib.util.find_spec("jupyterlab") is None:
             raise SandboxError("JupyterLab is not installed; run: pip install 'sandbox-kernel[lab]'")
         async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(self._signals())
             home = Path(tempfile.mkdtemp(prefix="sandbox-lab-"))
             stack.callback(shutil.rmtree, home, ignore_errors=True)
             write_notebook(self.target)
@@ -171,31 +174,37 @@ class LabServer:
         await self._stack.aclose()
 
     async def wait(self) -> int:
-        """Waits until Lab ends by itself (its File → Shut Down) and returns its exit code.
+        """Waits until Lab ends by itself (its File → Shut Down); its exit code.
 
-        Ctrl-C cancels the waiting task as it does everywhere in asyncio; SIGTERM and SIGHUP return as well,
-        so that Lab is ended before this process.
+        SIGTERM and SIGHUP end the waiting too (minus the signal's number), as Ctrl-C does in asyncio's own way,
+        so that ``async with`` ends Lab before this process.
         """
         assert self._process is not None, "wait() belongs inside `async with`"
-        loop, ended = asyncio.get_running_loop(), asyncio.ensure_future(self._process.wait())
-        asked: asyncio.Future[int] = loop.create_future()
-
-        def ask(number: int) -> None:
-            if not asked.done():
-                asked.set_result(-number)
-
-        signals = (signal.SIGTERM, signal.SIGHUP)
-        with contextlib.suppress(RuntimeError, ValueError):  # not the main thread: its owner deals with signals
-            for number in signals:
-                loop.add_signal_handler(number, ask, number)
+        ended = asyncio.ensure_future(self._process.wait())
         try:
-            done, _ = await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
-            return int(done.pop().result())
+            done, _ = await asyncio.wait({ended, self._signalled}, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
         finally:
             ended.cancel()
-            with contextlib.suppress(RuntimeError, ValueError):
-                for number in signals:
-                    loop.remove_signal_handler(number)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Notes SIGTERM and SIGHUP instead of dying of them; in other threads their owner deals with signals."""
+        loop = asyncio.get_running_loop()
+        self._signalled = loop.create_future()
+
+        def note(number: int) -> None:
+            if not self._signalled.done():
+                self._signalled.set_result(-number)
+
+        numbers = [signal.SIGTERM, signal.SIGHUP] if threading.current_thread() is threading.main_thread() else []
+        for number in numbers:
+            loop.add_signal_handler(number, note, number)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
 
     def _flags(self) -> list[str]:
         """The server's settings, as arguments: these go before any configuration file of the machine."""
@@ -241,7 +250,7 @@ class LabServer:
         }
         with (home / "log").open("wb") as log:
             return await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "jupyterlab", *self._flags()),
+                *(sys.executable, "-c", "from sandbox_kernel.lab import serve; serve()", *self._flags()),
                 # A group of its own: Ctrl-C reaches us alone and we end it in order, asking nobody "y/n".
                 start_new_session=True,
                 env=env,
@@ -256,13 +265,15 @@ class LabServer:
         info_file = home / "runtime" / f"jpserver-{self._process.pid}.json"
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                while self._process.returncode is None:
+                while self._process.returncode is None and not self._signalled.done():
                     with contextlib.suppress(OSError, ValueError):
                         port = int(json.loads(info_file.read_bytes())["port"])
                         await _get(port, f"/api?token={self._token}")
                         return port
                     await asyncio.sleep(0.05)
-            cause = f"ended with exit code {self._process.returncode}"
+            cause = "was ended before it answered"
+            if self._process.returncode is not None:
+                cause = f"ended with exit code {self._process.returncode}"
         except TimeoutError:
             cause = f"did not answer within {_START_TIMEOUT_S:g} s"
         log = (home / "log").read_text(errors="replace")[-4000:]
@@ -294,6 +305,15 @@ async def _get(port: int, path: str) -> None:
         writer.close()
     if status[1:2] != [b"200"]:
         raise OSError(f"no 200 from port {port} but {status!r}")
+
+
+def serve() -> None:
+    """The child process: JupyterLab, which ends when its parent does, even if that is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    from jupyterlab.labapp import main
+
+    main()
 
 
 def how_to_attach(target: LabTarget, *, url: str = "") -> str:

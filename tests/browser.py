@@ -88,12 +88,12 @@ class LabPage:
         """Press the Stop button."""
         await self.page.locator('[data-command="notebook:interrupt-kernel"]').first.click()
 
-    async def menu(self, menu: str, item: str, *, confirm: str | None = None) -> None:
-        """Choose a menu's item, and the button ``confirm`` of the dialog it opens."""
+    async def menu(self, menu: str, item: str, *, confirm: bool = False) -> None:
+        """Choose a menu's item, and accept the dialog it opens if ``confirm``."""
         await self.page.locator(".lm-MenuBar-item", has_text=menu).first.click()
         await self.page.locator(".lm-Menu-item", has_text=item).first.click()
-        if confirm is not None:
-            await self.page.locator(".jp-Dialog button", has_text=confirm).click()
+        if confirm:
+            await self.page.locator(".jp-Dialog .jp-mod-accept").click()
             await expect(self.page.locator(".jp-Dialog")).to_have_count(0)
 
 

@@ -22,7 +22,6 @@ import pytest_asyncio
 import zmq
 from browser import LabPage, chromium, lab_page
 from jupyter_client.asynchronous.client import AsyncKernelClient
-from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager, KernelManager
 from nbclient import NotebookClient
 from playwright.async_api import Browser, expect
@@ -90,6 +89,7 @@ async def running(folder: Path, session_id: str, transport: str = "ipc") -> Asyn
         yield Running(LabTarget(session_id, connection_file, folder / "notebooks", pid=process.pid), process, client)
     finally:
         client.stop_channels()
+        client.context.destroy(linger=0)
         if process.returncode is None:
             process.terminate()
         await process.wait()
@@ -177,7 +177,7 @@ async def test_stop_ends_a_running_cell(page: LabPage, wait: str, error: str) ->
 async def test_restart_kernel_restarts_the_sessions_kernel(session: Running, page: LabPage) -> None:
     await session.run("before_restart = 1\nimport os\nwith open('pid', 'w') as f: f.write(str(os.getpid()))")
     old = int((session.target.connection_file.parent / "pid").read_text())
-    await page.menu("Kernel", "Restart Kernel…", confirm="Restart")
+    await page.menu("Kernel", "Restart Kernel…", confirm=True)
     await until(lambda: not alive(old))
     await page.ready()
     assert "NameError" in await page.run("before_restart")
@@ -189,13 +189,13 @@ async def test_restart_kernel_restarts_the_sessions_kernel(session: Running, pag
 @pytest.mark.parametrize(
     ("menu", "item", "confirm"),
     [
-        ("Kernel", "Shut Down Kernel", None),
-        ("Kernel", "Shut Down All Kernels…", "Shut Down All"),
-        ("File", "Close and Shut Down Notebook", "Ok|OK|Shut Down"),
+        ("Kernel", "Shut Down Kernel", False),
+        ("Kernel", "Shut Down All Kernels…", True),
+        ("File", "Close and Shut Down Notebook", True),
     ],
 )
 async def test_shutting_down_in_lab_detaches(
-    session: Running, lab: LabServer, page: LabPage, menu: str, item: str, confirm: str | None
+    session: Running, lab: LabServer, page: LabPage, menu: str, item: str, confirm: bool
 ) -> None:
     await session.run(f"kept = {item!r}")
     await page.menu(menu, item, confirm=confirm)
@@ -236,7 +236,7 @@ def get(server: LabServer, path: str) -> object:
 async def test_lab_offers_nothing_of_the_host(lab: LabServer) -> None:
     specs = await asyncio.to_thread(get, lab, "/api/kernelspecs")
     assert isinstance(specs, dict)
-    assert list(specs["kernelspecs"]) == [specs["default"]] == ["sandbox-conv-1"]
+    assert list(specs["kernelspecs"]) == [specs["default"]] == ["sandbox-_conv"]
     for method, path, body in [
         ("POST", "/api/kernels", {"name": "python3"}),
         ("POST", "/api/sessions", {"name": "", "path": "x.ipynb", "type": "notebook", "kernel": {"name": "python3"}}),
@@ -261,8 +261,8 @@ async def test_lab_ends_with_its_processes_and_files(session: Running) -> None:
     assert await session.eval("kept") == "7"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_a_signal_ends_lab_and_not_the_session(session: Running, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+async def test_a_signal_ends_lab_and_not_the_session(session: Running, tmp_path: Path, number: signal.Signals) -> None:
     script = f"""
 import asyncio, sys
 from pathlib import Path
@@ -276,18 +276,21 @@ target = LabTarget(
 async def main():
     async with LabServer(target) as lab:
         print(lab.pid, flush=True)
-        await lab.wait()
+        sys.exit(-await lab.wait())
 try:
     asyncio.run(main())
 except KeyboardInterrupt:
     sys.exit(130)
 """
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
     assert process.stdout is not None
     pid = int(await process.stdout.readline())
     process.send_signal(number)
-    assert await process.wait() == (130 if number == signal.SIGINT else 0)
-    assert not alive(pid)
+    assert await process.wait() == {signal.SIGINT: 130, signal.SIGTERM: 15, signal.SIGKILL: -9}[number]
+    # A killed parent cannot wait for Lab: then it is the system that ends it.
+    await until(lambda: not alive(pid), 0.1 if number != signal.SIGKILL else 10)
     assert await session.eval("1 + 1") == "2"
 
 
@@ -301,25 +304,23 @@ async def test_a_taken_port_is_named_with_labs_own_words(session: Running, lab: 
 
 
 @pytest.fixture
-def specs(session: Running, tmp_path: Path) -> KernelSpecManager:
-    write_kernelspec(session.target, tmp_path)
-    manager = KernelSpecManager()
-    manager.kernel_dirs = [str(tmp_path / "kernels")]
-    return manager
+def offered(session: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The session's kernelspec where every Jupyter program of this process looks; its name."""
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    return write_kernelspec(session.target, tmp_path).name
 
 
-async def test_nbclient_attaches_and_detaches(session: Running, specs: KernelSpecManager) -> None:
+async def test_nbclient_attaches_and_detaches(session: Running, offered: str) -> None:
     await session.run("shared = 20")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("from_nbclient = shared + 1\nfrom_nbclient")])
-    manager = AsyncKernelManager(kernel_name=session.target.kernel_name, kernel_spec_manager=specs)
-    await NotebookClient(notebook, km=manager).async_execute()
+    await NotebookClient(notebook, kernel_name=offered).async_execute()
     assert notebook.cells[0].outputs[0]["data"]["text/plain"] == "21"
     assert await session.eval("from_nbclient") == "21"
 
 
-async def test_a_blocking_manager_attaches_restarts_and_detaches(session: Running, specs: KernelSpecManager) -> None:
+async def test_a_blocking_manager_attaches_restarts_and_detaches(session: Running, offered: str) -> None:
     def use() -> str:
-        manager = KernelManager(kernel_name=session.target.kernel_name, kernel_spec_manager=specs)
+        manager = KernelManager(kernel_name=offered)
         manager.start_kernel()
         assert manager.is_alive()
         manager.restart_kernel()
@@ -337,31 +338,33 @@ async def test_a_blocking_manager_attaches_restarts_and_detaches(session: Runnin
     assert await session.eval("blocking") == "1"
 
 
-async def test_over_tcp_and_a_dead_session_is_seen(tmp_path: Path) -> None:
+async def test_over_tcp_and_a_dead_session_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     async with running(tmp_path / "tcp", "tcp", transport="tcp") as kernel:
-        write_kernelspec(kernel.target, tmp_path)
-        specs = KernelSpecManager()
-        specs.kernel_dirs = [str(tmp_path / "kernels")]
-        manager = AsyncKernelManager(kernel_name="sandbox-tcp", kernel_spec_manager=specs)
+        name = write_kernelspec(kernel.target, tmp_path).name
         await kernel.run("kept = 3")
+        manager = AsyncKernelManager(kernel_name=name)
         await manager.start_kernel()
         await manager.shutdown_kernel()
         assert await kernel.eval("kept") == "3"
-        manager = AsyncKernelManager(kernel_name="sandbox-tcp", kernel_spec_manager=specs)
+        manager = AsyncKernelManager(kernel_name=name)
         await manager.start_kernel()
         kernel.process.kill()
-        await kernel.process.wait()
-        assert not await manager.is_alive()
+        await until(lambda: not_alive(manager))
         await manager.shutdown_kernel()
         with pytest.raises(SessionClosed, match="start it again"):
-            await AsyncKernelManager(kernel_name="sandbox-tcp", kernel_spec_manager=specs).start_kernel()
+            await AsyncKernelManager(kernel_name=name).start_kernel()
+
+
+async def not_alive(manager: AsyncKernelManager) -> bool:
+    return not await manager.is_alive()
 
 
 # -- files and texts -----------------------------------------------------------------------
 
 
 async def test_kernelspec_names_keep_sessions_apart(tmp_path: Path) -> None:
-    ids = ["conv", "Conv", "cOnv", "CONV", "conv-1", "a.b_C-9"]
+    ids = ["conv", "Conv", "cOnv", "CONV", "conv-1", "_conv", "a.b_C-9"]
     names = [LabTarget(name, tmp_path, tmp_path, pid=1).kernel_name for name in ids]
     assert len({name.lower() for name in names}) == len(ids)
     assert names[0] == "sandbox-conv"

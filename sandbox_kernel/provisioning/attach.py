@@ -29,6 +29,7 @@ from jupyter_core.utils import ensure_async, run_sync
 from traitlets import Int, Unicode
 
 from sandbox_kernel.errors import ConnectionFileError, KernelStartError, SessionClosed
+from sandbox_kernel.provisioning.engine import Engine
 
 PROVISIONER = "sandbox-attach"
 """Name of the entry point in ``jupyter_client.kernel_provisioners``."""
@@ -170,10 +171,11 @@ class AttachProvisioner(KernelProvisionerBase):
             yield client
         finally:
             client.stop_channels()
+            client.context.destroy(linger=0)
 
     async def _hang_up(self) -> None:
         if self.container:
-            await asyncio.to_thread(_signal_container, self.container)
+            await asyncio.to_thread(lambda: Engine.shared().signal(self.container, "SIGHUP"))
         else:
             os.kill(self.pid, signal.SIGHUP)
 
@@ -234,9 +236,3 @@ async def _ask(
     except Empty:
         return None
     return str(reply["header"]["session"])
-
-
-def _signal_container(container: str) -> None:
-    import docker
-
-    docker.from_env().containers.get(container).kill("SIGHUP")
