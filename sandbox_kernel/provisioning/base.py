@@ -21,7 +21,7 @@ from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 from traitlets import Dict as DictTrait
 from traitlets import Instance
 
-from sandbox_kernel.errors import KernelStartError
+from sandbox_kernel.errors import EngineError, KernelStartError
 from sandbox_kernel.events import KernelDeath
 from sandbox_kernel.provisioning.container import COMMAND, ContainerSpec
 from sandbox_kernel.provisioning.readiness import SocketFiles, first
@@ -170,10 +170,15 @@ class SessionProvisioner(KernelProvisionerBase):
 
         Raises EngineError when the container is gone, KernelStartError when no fresh kernel comes.
         """
+        await self._require_alive()
         with SocketFiles(self._require_runtime().socket_paths()) as files:
             await self.send_signal(signal.SIGHUP)
             await self._wait_ready(files.fresh)
         return self.connection_info
+
+    async def _require_alive(self) -> None:
+        if not self.has_process or await self.poll() is not None:
+            raise EngineError("the kernel has ended, or was never launched; launch it")
 
     async def remove(self) -> None:
         """End the kernel and remove container, sockets, keys and connection file; done already is done."""

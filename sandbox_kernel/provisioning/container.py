@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox_kernel.provisioning.engine import MANAGED
-from sandbox_kernel.provisioning.runtime import BOOT, PORTS, SOCKETS, TCP_BASE, kernel_ids
+from sandbox_kernel.provisioning.runtime import BOOT, PORTS, SECRETS, SOCKETS, TCP_BASE, kernel_ids
 from sandbox_kernel.settings import Settings
 
 WORKDIR = "/session"
@@ -54,6 +54,8 @@ class ContainerSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables; visible in the engine's ``inspect``, so nothing secret."""
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Environment variables of the kernel alone, by way of a file in ``boot/``: ``inspect`` does not show them."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of ``boot/options.json`` (see ``kernel_side/launch.py``)."""
     root: Path | None = None
@@ -83,6 +85,7 @@ class ContainerSpec:
             "state_dir": f"{WORKDIR}/state",
             "artifacts_dir": f"{WORKDIR}/artifacts",
             "trims": True,
+            "secrets_file": f"{BOOT}/{SECRETS}" if self.secrets else None,
             **self.options,
         }
 

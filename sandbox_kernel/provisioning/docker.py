@@ -17,8 +17,8 @@ from sandbox_kernel.provisioning.base import SessionProvisioner, finished
 from sandbox_kernel.provisioning.container import ContainerSpec, body
 from sandbox_kernel.provisioning.death import explain, start_failure
 from sandbox_kernel.provisioning.engine import MANAGED, Engine, SourceMissing, tar
-from sandbox_kernel.provisioning.leftovers import OWNER, make_room, process_identity, sweep_in_background
 from sandbox_kernel.provisioning.network import network_config
+from sandbox_kernel.provisioning.orphans import OWNER, make_room, process_identity, sweep_in_background
 from sandbox_kernel.provisioning.readiness import SocketFiles, handshake
 from sandbox_kernel.provisioning.runtime import BOOT, PORTS, SOCKETS, TCP_BASE, RuntimeDirectory
 from sandbox_kernel.provisioning.stream import ExecStream
@@ -86,7 +86,7 @@ class DockerProvisioner(SessionProvisioner):
         if transport == "ipc":
             runtime.check_length()
         inside = self._inside_info(f"{SOCKETS}/k" if transport == "ipc" else "0.0.0.0")
-        files = runtime.boot_files(inside, spec.boot_options())
+        files = runtime.boot_files(inside, spec.boot_options(), spec.secrets)
         try:
             await finished(self._create, engine, spec, files)
             info = await self._start(engine, spec)
@@ -100,7 +100,7 @@ class DockerProvisioner(SessionProvisioner):
         return info
 
     def _create(self, engine: Engine, spec: ContainerSpec, files: dict[str, bytes]) -> None:
-        """Runtime directory, network and container (blocks). ``container_id`` is set even when nobody awaits it any more."""
+        """Runtime directory, network, container (blocks). Sets ``container_id`` even when nobody awaits it any more."""
         runtime = self._require_runtime()
         runtime.create(files)
         labels = {"sandbox-kernel.runtime": str(runtime.path), "sandbox-kernel.transport": str(self.transport)}
@@ -185,9 +185,9 @@ class DockerProvisioner(SessionProvisioner):
     # -- while it runs ---------------------------------------------------------------------
 
     async def restart_in_place(self) -> KernelConnectionInfo:
-        self._running()
         if self.transport == "ipc":
             return await super().restart_in_place()
+        await self._require_alive()
         async with handshake(self.connection_info) as connection:
             await self._wait_ready(connection.up)
             await self.send_signal(signal.SIGHUP)

@@ -21,9 +21,9 @@ from sandbox_kernel.errors import EngineError, KernelStartError
 from sandbox_kernel.events import KernelDeath
 from sandbox_kernel.provisioning.base import SessionProvisioner, finished
 from sandbox_kernel.provisioning.death import from_exit
-from sandbox_kernel.provisioning.leftovers import process_identity
+from sandbox_kernel.provisioning.orphans import process_identity
 from sandbox_kernel.provisioning.readiness import SocketFiles
-from sandbox_kernel.provisioning.runtime import RuntimeDirectory
+from sandbox_kernel.provisioning.runtime import BOOT, SECRETS, RuntimeDirectory
 
 PROVISIONER = "sandbox-local"
 """Name of the entry point in ``jupyter_client.kernel_provisioners``."""
@@ -36,7 +36,41 @@ class NoIsolation(UserWarning):
     """The kernel runs on this machine with all rights of this user."""
 
 
-class LocalProvisioner(SessionProvisioner):
+class ProcessStream:
+    """stdin and stdout of a command on this machine; as :class:`~sandbox_kernel.provisioning.stream.ExecStream`."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process = process
+        self._stdin = process.stdin
+        self._stdout = process.stdout
+
+    async def read(self, size: int) -> bytes:
+        """At most ``size`` bytes of its stdout, b"" at its end."""
+        return await self._stdout.read(size)
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        """To its stdin. Raises EngineError when it no longer reads."""
+        try:
+            self._stdin.write(data)
+            await self._stdin.drain()
+        except OSError as exc:
+            raise EngineError(f"the command no longer reads: {exc}") from exc
+
+    def close_stdin(self) -> None:
+        """No more input: the command reads end of file."""
+        self._stdin.close()
+
+    async def close(self) -> None:
+        """End its input and the command."""
+        self._stdin.close()
+        with suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+
+
+class LocalHostProvisioner(SessionProvisioner):
     """``container_id`` is ``local:<kernel id>:<pid>:<start time>``; the kernel works in ``<runtime dir>/work``."""
 
     _process: subprocess.Popen[bytes] | None = None
@@ -65,8 +99,10 @@ class LocalProvisioner(SessionProvisioner):
             "state_dir": str((spec.state or work / "state").absolute()),
             "connection_file": str(runtime.boot / "boot" / "connection.json"),
         }
+        if spec.secrets:
+            options["secrets_file"] = str(runtime.boot / SECRETS)
         try:
-            await finished(runtime.create, runtime.boot_files(self._inside_info(runtime.ip), options))
+            await finished(runtime.create, runtime.boot_files(self._inside_info(runtime.ip), options, spec.secrets))
             await finished(self._make_work, work)
             with SocketFiles(runtime.socket_paths()) as files:
                 await finished(self._spawn, runtime)
@@ -190,8 +226,29 @@ class LocalProvisioner(SessionProvisioner):
 
         return await asyncio.to_thread(read)
 
+    async def exec_stream(self, argv: list[str], *, user: str | None = None) -> ProcessStream:
+        """Run a command beside the kernel, with paths below ``/opt/sandbox-kernel`` and ``python3`` as they are here.
+
+        Raises EngineError when it cannot be run. ``user`` must be None: there is only this one.
+        """
+        runtime = self._require_runtime()
+        here = [
+            argument.replace(BOOT, str(runtime.boot), 1) if argument.startswith(BOOT) else argument for argument in argv
+        ]
+        if here[0] == "python3":
+            here[0] = sys.executable
+        if user is not None:
+            raise EngineError(f"engine='local' runs nothing as another user ({user})")
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *here, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=runtime.path / "work"
+            )
+        except OSError as exc:
+            raise EngineError(f"cannot run {here[0]}: {exc}") from exc
+        return ProcessStream(process)
+
     async def send_signal(self, signum: int) -> None:
-        """To the supervisor: SIGINT interrupts the kernel, SIGHUP restarts it, SIGTERM and SIGKILL end all it started."""
+        """To the supervisor: SIGINT interrupts the kernel, SIGHUP restarts it, SIGTERM and SIGKILL end everything."""
         if signum == 0 or self.pid is None or await self.poll() is not None:
             return
         with suppress(ProcessLookupError):

@@ -36,7 +36,7 @@ def network_config(settings: Settings, transport: str, engine: Engine) -> dict[s
         return {"NetworkMode": "none"}
     _ensure_private(engine)
     # The engine's resolver would ask the world's name servers for us: give it one that is not there.
-    return {"NetworkMode": PRIVATE, "Dns": ["127.0.0.1"]}
+    return {"NetworkMode": PRIVATE, "Dns": ["127.0.0.1"], "DnsOptions": ["timeout:1", "attempts:1"]}
 
 
 def _ensure_private(engine: Engine) -> None:

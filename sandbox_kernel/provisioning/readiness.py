@@ -115,6 +115,7 @@ async def handshake(info: Mapping[str, Any]) -> AsyncIterator[Handshake]:
         yield Handshake(monitor)
     finally:
         socket.disable_monitor()
+        monitor.close(linger=0)
         socket.close(linger=0)
 
 

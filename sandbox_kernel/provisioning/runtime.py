@@ -30,6 +30,8 @@ from sandbox_kernel.errors import ConnectionFileError, SettingsError
 
 BOOT = "/opt/sandbox-kernel"
 SOCKETS = "/run/kernel"
+SECRETS = "boot/secrets.json"
+"""Below :data:`BOOT`: the session's secrets."""
 PORTS = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
 """In the container, port n of ``PORTS`` is ``TCP_BASE + n``, its socket ``/run/kernel/k-<n + 1>``."""
 TCP_BASE = 9001
@@ -116,12 +118,15 @@ class RuntimeDirectory:
                 "set XDG_RUNTIME_DIR to a shorter folder"
             )
 
-    def boot_files(self, connection: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, bytes]:
+    def boot_files(
+        self, connection: Mapping[str, Any], options: Mapping[str, Any], secrets: Mapping[str, str]
+    ) -> dict[str, bytes]:
         """What the container boots from: path below :data:`BOOT` -> content."""
         return {
             **kernel_side(),
             "boot/connection.json": as_json(connection),
             "boot/options.json": json.dumps({"connection_file": f"{BOOT}/boot/connection.json", **options}).encode(),
+            **({SECRETS: json.dumps(dict(secrets)).encode()} if secrets else {}),
         }
 
     def create(self, files: Mapping[str, bytes]) -> None:
@@ -149,6 +154,14 @@ class RuntimeDirectory:
             raise ConnectionFileError(
                 f"{path} is missing or not ours ({exc!r}); the kernel cannot be reached again"
             ) from exc
+
+    def secrets(self) -> dict[str, str]:
+        """The session's secrets out of ``boot/``, so that a process that takes it over masks them too; else {}."""
+        try:
+            found = json.loads((self.boot / SECRETS).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
 
     def socket_paths(self) -> list[Path]:
         """Where the five sockets are, in the order of :data:`PORTS`."""

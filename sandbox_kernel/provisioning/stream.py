@@ -101,10 +101,10 @@ class ExecStream:
         with suppress(OSError):
             await self._writer.wait_closed()
         response = getattr(self._keep, "_response", None)
-        with suppress(Exception):
-            self._keep.close()
+        self._keep.close()
         if response is not None:
-            response.close()
+            with suppress(ValueError):  # it flushes what was closed with the socket
+                response.close()
 
     async def __aenter__(self) -> Self:
         return self
