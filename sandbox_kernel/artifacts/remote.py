@@ -1,0 +1,380 @@
+"""The spool of a session whose ``artifacts/`` the host cannot see: TMPFS now, a pod later.
+
+It stands where :class:`~sandbox_kernel.artifacts.observer.Observer` stands elsewhere and keeps the same promises.
+inotify does not reach into a container, so it asks: every :data:`POLL_S` seconds while a cell runs (one question,
+answered from a directory scan beside the kernel), once at its end, and on while a file is held open by its writer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from types import TracebackType
+from typing import Self
+
+from sandbox_kernel.artifacts.agent import Agent, AgentGone, ByteStream, Listing, OpenStream, RemoteFile, RemoteFileInfo
+from sandbox_kernel.artifacts.observer import Waiting
+from sandbox_kernel.artifacts.store import ArtifactStore, Kind
+from sandbox_kernel.errors import ArtifactError, ArtifactRefused
+from sandbox_kernel.events import Artifact
+from sandbox_kernel.untrusted import Refusal
+
+__all__ = ["ByteStream", "OpenStream", "RemoteSpool", "export_file"]
+
+POLL_S = 0.5
+QUIET_S = 1.0
+MAX_QUIET_S = 60.0
+"""While its cell runs a file is taken once it was closed and unchanged for QUIET_S, and for twice as long per further
+version: not each line of a log is one."""
+STATE_LIMIT = 8 * 2**20
+Cell = tuple[str | None, int | None]
+"""msg_id and execution_count of the cell that something is recorded under."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Known:
+    """What became of a file that was listed, for as long as its identity holds."""
+
+    identity: tuple[int, int, int]
+    since: float
+    stored: bool = False
+    refused: str | None = None
+
+
+class RemoteSpool:
+    """Ingests what a session leaves in the container's ``/session/artifacts``, through an agent beside the kernel.
+
+    Nothing that the agent says is believed further than its bytes. Sweeps never raise for what the container did:
+    one that is gone has no artifacts any more, and that is told once through ``on_refused``.
+    """
+
+    def __init__(
+        self,
+        open_stream: OpenStream,
+        store: ArtifactStore,
+        session_id: str,
+        *,
+        on_created: Callable[[list[Artifact]], None],
+        on_refused: Callable[[list[Refusal]], None],
+    ) -> None:
+        """``open_stream(argv)`` runs a command in the container as the kernel's user.
+
+        The callbacks are those of Observer: rows committed, each artifact once; refusals, each once while it holds.
+        """
+        self._store = store
+        self._session_id = session_id
+        self._on_created = on_created
+        self._on_refused = on_refused
+        self._agent = Agent(open_stream)
+        # state() and export() must not wait behind a file of gigabytes: a stream of their own, opened when first used.
+        self._asking = Agent(open_stream)
+        self._lock = asyncio.Lock()
+        self._known: dict[str, _Known] = {}
+        self._versions: dict[str, int] = {}
+        self._told: set[Refusal] = set()
+        self._tag: str | None = None
+        self._listing = Listing([], [], True)
+        self._running: dict[str, int | None] = {}
+        self._last: Cell = (None, None)
+        self._made: dict[str, list[Artifact]] = {}
+        # Files that a host which died may have stored and not removed.
+        self._inherited: dict[str, tuple[int, int, int]] = {}
+        self._wake = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._poller: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._poller = asyncio.create_task(self._poll(), name=f"artifacts of {self._session_id}")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self._poller is not None:
+            self._poller.cancel()
+            await asyncio.gather(self._poller, return_exceptions=True)
+        await self._agent.close()
+        await self._asking.close()
+
+    # --- cells --------------------------------------------------------------------------------
+
+    def cell_started(self, msg_id: str, execution_count: int | None) -> None:
+        """From now on what appears is this cell's. Again with the same ``msg_id``: its count has become known."""
+        if msg_id not in self._running:
+            self._versions.clear()
+        self._running[msg_id] = execution_count
+        self._made.setdefault(msg_id, [])
+        self._last = (msg_id, execution_count)
+        self._ended.clear()
+        self._wake.set()
+
+    async def cell_finished(self, msg_id: str) -> list[Artifact]:
+        """Sweeps and removes what is stored; everything the cell made, also what was ingested while it ran."""
+        count = self._running.pop(msg_id, self._last[1] if self._last[0] == msg_id else None)
+        if not self._running:
+            self._ended.set()
+        self._made.setdefault(msg_id, [])
+        await self._sweep((msg_id, count), ended=True)
+        self._wake.set()  # the poller goes on while something is held open
+        return self._made.pop(msg_id)
+
+    async def drain(self) -> list[Artifact]:
+        """The last sweep before the container goes: takes also what is still open. Returns what it ingested."""
+        return await self._sweep(self._last, ended=True, force=True)
+
+    async def waiting(self) -> list[Waiting]:
+        """What lies in the container's ``artifacts/`` now. Raises AgentGone."""
+        async with self._lock:
+            self._note(*await self._agent.listing(self._tag))
+            self._forget()
+        refused = [Waiting(path, 0, reason) for path, reason in self._listing.refused]
+        return refused + [
+            Waiting(file.path, file.size, known.refused if (known := self._known.get(file.path)) else None)
+            for file in self._listing.files
+        ]
+
+    # --- questions ----------------------------------------------------------------------------
+
+    async def read_state(self, name: str = "python_state.json", *, limit: int = STATE_LIMIT) -> bytes:
+        """A file of the container's ``/session/state``: hostile bytes, at most ``limit``.
+
+        Raises ArtifactRefused when there is none or it is bigger, AgentGone when the container does not answer.
+        """
+        return await self._asking.state(name, limit=limit)
+
+    async def export(self, path: str) -> Artifact:
+        """Any file of the container that the kernel's user can read, as an artifact of kind ``export``.
+
+        Relative paths are below ``/session``. Raises ArtifactRefused (no file, too big, changed meanwhile), AgentGone.
+        """
+        return await export_file(self._asking, self._store, self._session_id, path, self._last)
+
+    # --- the sweep ----------------------------------------------------------------------------
+
+    async def _poll(self) -> None:
+        """Looks while a cell runs or a file is held open; else it waits for the next cell."""
+        with suppress(AgentGone, ArtifactRefused):
+            # The first cell need not wait for the agent's start.
+            async with self._lock:
+                if self._tag is None:
+                    self._note(*await self._agent.listing())
+                    self._inherited = {file.path: file.identity for file in self._listing.files}
+        while True:
+            self._wake.clear()
+            if not self._running and not self._unsettled():
+                await self._wake.wait()
+            change = self._ended if self._running else self._wake
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await change.wait()
+                continue
+            try:
+                await self._sweep(self._last, ended=not self._running)
+            except ArtifactError as exc:
+                _log.warning("session %s: %s", self._session_id, exc)  # the cell's end says it to the caller
+
+    def _unsettled(self) -> bool:
+        """Something was listed and neither taken nor refused: it is open, or it changed while it was read."""
+        known = (self._known.get(file.path) for file in self._listing.files)
+        return any(item is None or not (item.stored or item.refused) for item in known)
+
+    def _note(self, listing: Listing | None, tag: str | None) -> None:
+        if listing is not None:
+            self._listing = listing
+        self._tag = tag
+
+    async def _sweep(self, cell: Cell, *, ended: bool, force: bool = False) -> list[Artifact]:
+        """One look at the folder: takes what may be taken, and removes what is stored once its cell has ended."""
+        created: list[Artifact] = []
+        async with self._lock:
+            refused: list[Refusal] = []
+            try:
+                self._note(*await self._agent.listing(self._tag))
+                self._forget()
+                for file in self._listing.files:
+                    if self._ready(file, ended=ended, force=force):
+                        await self._take(file, cell, created, force=force)
+                if ended and not self._running:
+                    await self._remove()
+                refused += [Refusal(path, reason) for path, reason in self._listing.refused]
+            except (AgentGone, ArtifactRefused) as exc:
+                self._tag = None
+                refused.append(Refusal(".", f"artifacts cannot be fetched: {exc}"))
+            finally:
+                if created:
+                    self._on_created(created)
+            self._tell(refused)
+        return created
+
+    def _forget(self) -> None:
+        """What is gone or has another content now is unknown again."""
+        now = {file.path: file.identity for file in self._listing.files}
+        self._known = {path: known for path, known in self._known.items() if now.get(path) == known.identity}
+
+    def _ready(self, file: RemoteFileInfo, *, ended: bool, force: bool) -> bool:
+        clock = asyncio.get_running_loop().time()
+        known = self._known.setdefault(file.path, _Known(file.identity, clock))
+        if known.stored or ((known.refused or file.open) and not force):
+            return False
+        if file.size > self._store.max_artifact_bytes:
+            known.refused = f"has {file.size} bytes; max_artifact_bytes is {self._store.max_artifact_bytes}"
+            return False
+        quiet = min(MAX_QUIET_S, QUIET_S * 2 ** min(self._versions.get(file.path, 0), 10))
+        return ended or clock - known.since >= quiet
+
+    async def _take(self, file: RemoteFileInfo, cell: Cell, created: list[Artifact], *, force: bool) -> None:
+        """Stores the file, or notes why not; one that changed meanwhile is left to the next sweep."""
+        known = self._known[file.path]
+
+        def committed(artifact: Artifact) -> None:
+            known.stored = True
+            created.append(artifact)
+            if cell[0] in self._made:
+                self._made[cell[0]].append(artifact)
+            if self._running:
+                self._versions[file.path] = self._versions.get(file.path, 0) + 1
+
+        try:
+            if self._inherited.pop(file.path, None) == file.identity and await self._is_stored(file):
+                known.stored = True
+                return
+            async with self._agent.get(file.path, limit=self._store.max_artifact_bytes) as content:
+                source = _unchanged(content, file, force)
+                await _put(self._store, self._session_id, file.path, source, "file", cell, committed)
+        except _Changed:
+            return
+        except AgentGone:
+            raise
+        except ArtifactRefused as exc:
+            known.refused = str(exc)
+
+    async def _is_stored(self, file: RemoteFileInfo) -> bool:
+        """Whether the newest version of this path in the store has just these bytes."""
+        versions = await asyncio.to_thread(self._store.list, self._session_id, path=file.path, kind="file")
+        if not versions or versions[-1].size_bytes != file.size:
+            return False
+        digest = sha256()
+        async with self._agent.get(file.path, limit=self._store.max_artifact_bytes) as content:
+            async for chunk in content.chunks():
+                digest.update(chunk)
+        return digest.hexdigest() == versions[-1].sha256
+
+    async def _remove(self) -> None:
+        stored = [file for file in self._listing.files if (known := self._known.get(file.path)) and known.stored]
+        if stored:
+            removed = await self._agent.remove(stored)
+            self._listing.files[:] = [file for file in self._listing.files if file.path not in removed]
+            for path in removed:
+                self._known.pop(path, None)
+
+    def _tell(self, refused: list[Refusal]) -> None:
+        """Each refusal once for as long as it holds."""
+        refused += [Refusal(path, known.refused) for path, known in self._known.items() if known.refused]
+        news = [refusal for refusal in refused if refusal not in self._told]
+        self._told = set(refused)
+        if news:
+            self._on_refused(news)
+
+
+class _Changed(Exception):
+    """The file changed while it was read."""
+
+
+async def _unchanged(content: RemoteFile, file: RemoteFileInfo, force: bool) -> AsyncIterator[bytes]:
+    """The bytes; at their end an exception instead of an end when they are not those of the file that was listed."""
+    if (content.ino, content.size, content.mtime_ns) != file.identity and not force:
+        raise _Changed
+    async for chunk in content.chunks():
+        yield chunk
+    if content.changed and not force:
+        raise _Changed
+
+
+async def export_file(
+    agent: Agent, store: ArtifactStore, session_id: str, path: str, cell: Cell = (None, None)
+) -> Artifact:
+    """``path`` of the container as an artifact of kind ``export``; for BIND too: ``/data``, ``/tmp`` are not shared.
+
+    ``cell``: msg_id and execution_count to record. Raises ArtifactRefused (no file, too big, changed while it was
+    read), AgentGone.
+    """
+    try:
+        async with agent.export(path, limit=store.max_artifact_bytes) as content:
+            return await _put(store, session_id, path.strip("/"), _steady(content), "export", cell)
+    except AgentGone:
+        raise
+    except ArtifactRefused as exc:
+        raise ArtifactRefused(f"{path!r} cannot be exported: {exc}") from None
+
+
+async def _steady(content: RemoteFile) -> AsyncIterator[bytes]:
+    async for chunk in content.chunks():
+        yield chunk
+    if content.changed:
+        raise ArtifactRefused("it changed while it was read; export it once it is complete")
+
+
+async def _put(
+    store: ArtifactStore,
+    session_id: str,
+    path: str,
+    chunks: AsyncIterator[bytes],
+    kind: Kind,
+    cell: Cell,
+    committed: Callable[[Artifact], None] | None = None,
+) -> Artifact:
+    """``store.put_stream`` in a thread, fed from this loop; a cancelled caller leaves neither thread nor bytes."""
+    pieces = _Pieces(chunks, asyncio.get_running_loop())
+    writing = asyncio.ensure_future(
+        asyncio.to_thread(
+            store.put_stream, session_id, path, pieces, kind=kind, msg_id=cell[0], execution_count=cell[1]
+        )
+    )
+    try:
+        return await asyncio.shield(writing)
+    finally:
+        pieces.stop()
+        (done,) = await asyncio.gather(writing, return_exceptions=True)
+        if committed is not None and isinstance(done, Artifact):
+            committed(done)
+
+
+class _Pieces(Iterator[bytes]):
+    """An asynchronous stream as an iterator for a thread, in pieces of a megabyte: each costs a change of threads."""
+
+    SIZE = 2**20
+
+    def __init__(self, chunks: AsyncIterator[bytes], loop: asyncio.AbstractEventLoop) -> None:
+        self._chunks = chunks
+        self._loop = loop
+        self._next: Future[bytes] | None = None
+        self._stopped = False
+
+    def __next__(self) -> bytes:
+        if self._stopped:
+            raise CancelledError
+        self._next = asyncio.run_coroutine_threadsafe(self._piece(), self._loop)
+        piece = self._next.result()
+        if not piece:
+            raise StopIteration
+        return piece
+
+    async def _piece(self) -> bytes:
+        parts, size = [], 0
+        while size < self.SIZE and (chunk := await anext(self._chunks, b"")):
+            parts.append(chunk)
+            size += len(chunk)
+        return b"".join(parts)
+
+    def stop(self) -> None:
+        """From the loop: nothing more will come."""
+        self._stopped = True
+        if self._next is not None:
+            self._next.cancel()
