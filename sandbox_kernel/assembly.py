@@ -136,7 +136,11 @@ async def _wire(
     if workspace is None:
         spool = await stack.enter_async_context(
             RemoteSpool(
-                host.exec_stream, opening.store, opening.session_id, on_created=ledger.created, on_refused=ledger.refused
+                host.exec_stream,
+                opening.store,
+                opening.session_id,
+                on_created=lambda artifact: ledger.created([artifact]),
+                on_refused=lambda path, reason: ledger.append("artifact_refused", path=path, reason=reason),
             )
         )
         workspace = TmpfsWorkspace(spool)
@@ -170,9 +174,7 @@ async def _wire(
         lifecycle=lifecycle,
         workspace=workspace,
         datasets=datasets,
-        exporter=partial(
-            export_file, exporter, opening.store, opening.session_id, max_bytes=settings.max_artifact_bytes
-        ),
+        exporter=partial(export_file, exporter, opening.store, opening.session_id),
     )
     stack.push_async_callback(session.last_lines)
     await stack.enter_async_context(ledger)

@@ -56,6 +56,7 @@ class Cell:
     def end(self, status: Status) -> None:
         self.status = status
         self.duration_s = time.monotonic() - self.started
+        self.finished.set()
 
     @property
     def error(self) -> CellError | None:

@@ -34,7 +34,7 @@ async def collect(manager: SessionManager, *, everything: bool) -> list[str]:
             await manager.stop(session_id)
         removed.append(f"session {session_id}: stopped, its container removed")
     if manager.settings.engine != "local":
-        removed += await asyncio.to_thread(_leftovers, root)
+        removed += await asyncio.to_thread(_orphans, root)
     return removed
 
 
@@ -59,7 +59,7 @@ def _lives(metadata: dict[str, object]) -> bool:
     return False
 
 
-def _leftovers(root: Path) -> list[str]:
+def _orphans(root: Path) -> list[str]:
     removed = []
     engine = Engine.shared()
     removed += [f"container {container[:12]}: its program is gone" for container in orphans.sweep(engine)]

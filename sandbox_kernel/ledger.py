@@ -221,7 +221,6 @@ class Ledger:
             "result": None if result.result is None else self._masked(result.result),
             "error": self._mask_tree(result.error.model_dump()) if result.error is not None else None,
             "execution_count": result.execution_count,
-            "msg_id": result.msg_id,
             "origin": result.origin,
             "started_at": result.started_at.isoformat(),
             "duration_s": round(result.duration_s, 6),

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 from sandbox_kernel.errors import EngineError, KernelGone, KernelStartError, SandboxError
@@ -30,6 +31,10 @@ class Provisioner(Protocol):
 
     container_id: str | None
     host_port: int | None
+
+    @property
+    def connection_file(self) -> Path | None:
+        """The client's connection file."""
 
     async def launch(self) -> dict[str, Any]:
         """Start a kernel where there is none (again); returns its connection info."""

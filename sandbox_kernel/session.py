@@ -55,7 +55,7 @@ class Session:
         self._lifecycle: Lifecycle
         self._workspace: Workspace
         self._datasets: Datasets
-        self._exporter: Callable[[str], Awaitable[Artifact]]
+        self._exporter: Callable[[str, tuple[str | None, int | None]], Awaitable[Artifact]]
 
     def wire(
         self,
@@ -66,7 +66,7 @@ class Session:
         lifecycle: Lifecycle,
         workspace: Workspace,
         datasets: Datasets,
-        exporter: Callable[[str], Awaitable[Artifact]],
+        exporter: Callable[[str, tuple[str | None, int | None]], Awaitable[Artifact]],
     ) -> None:
         """Give the session its parts; called once, while it is put together."""
         self._recorder, self._ledger, self._feed = recorder, ledger, feed
@@ -106,7 +106,9 @@ class Session:
     @property
     def connection_file(self) -> Path:
         """The Jupyter connection file (0600), for ``jupyter console --existing kernel-<id>.json``."""
-        return self._workspace.connection_file
+        path = self._lifecycle.provisioner.connection_file
+        assert path is not None  # there is a kernel as long as there is a session
+        return path
 
     @property
     def execution_count(self) -> int:
@@ -277,7 +279,7 @@ class Session:
         Raises ArtifactNotFound when it is not there, ArtifactRefused when the store does not take it.
         """
         self._check_open()
-        artifact = await self._exporter(path)
+        artifact = await self._exporter(path, self._last or (None, None))
         self._ledger.created([artifact])
         return artifact
 
