@@ -199,7 +199,10 @@ def raw_lines(file: BinaryIO, *, number: int = 0, digests: bool = False) -> Iter
 
 
 def _backwards(file: BinaryIO, end: int) -> Iterator[tuple[int, int, bytes | None, bool]]:
-    """``(offset, size, data, ended)`` of the lines before ``end``, last first, read in blocks from the end."""
+    """``(offset, size, data, ended)`` of the lines before ``end``, last first, read in blocks from the end.
+
+    Ends at a line longer than ``MAX_LINE``: where that one begins is not looked for.
+    """
     parts: deque[bytes] = deque()
     size, position, ended = 0, end, False
     first = True
@@ -215,23 +218,25 @@ def _backwards(file: BinaryIO, end: int) -> Iterator[tuple[int, int, bytes | Non
         while (cut := block.rfind(b"\n", 0, stop)) >= 0:
             parts.appendleft(block[cut + 1 : stop])
             size += stop - cut - 1
-            yield start + cut + 1, size, b"".join(parts) if size <= MAX_LINE else None, ended
+            yield start + cut + 1, size, b"".join(parts), ended
             parts.clear()
             size, stop, ended = 0, cut, True
         size += stop
-        if size <= MAX_LINE:
-            parts.appendleft(block[:stop])
-        else:
-            parts.clear()
+        if size > MAX_LINE:
+            yield start, size, None, ended
+            return
+        parts.appendleft(block[:stop])
         position = start
     if end > 0:
-        yield 0, size, b"".join(parts) if size <= MAX_LINE else None, ended
+        yield 0, size, b"".join(parts), ended
 
 
 def _entry(name: str, where: str, size: int, data: bytes | None, ended: bool) -> dict[str, Any] | Problem | None:
     """A line's entry, or what is wrong with it; None for a blank line."""
     if data is None:
-        return Problem(f"{name}, {where}", f"a line of {size} bytes is skipped (longest that is read: {MAX_LINE})")
+        return Problem(
+            f"{name}, {where}", f"a line of {size} bytes or more is skipped (longest that is read: {MAX_LINE})"
+        )
     if not data.strip():
         return None
     try:
@@ -269,11 +274,12 @@ def _tail(path: Path, limit: int) -> Log:
         for offset, size, data, ended in _backwards(file, log.end):
             if not ended:
                 log.end = offset
-            if len(log.entries) >= limit:
-                break
-            found = _entry(path.name, f"byte {offset}", size, data, ended)
+            found = _entry(path.name, f"byte {offset}", size, data, ended) if limit else None
             if isinstance(found, dict):
                 log.entries.append(found)
+            if len(log.entries) >= limit:
+                break
+            if isinstance(found, dict):
                 continue
             if found is not None:
                 log.problems.append(found)

@@ -17,7 +17,7 @@ from sandbox_kernel.audit import Head
 from sandbox_kernel.chain import ChainedLog
 from sandbox_kernel.directory import SessionDirectory, replace_file
 from sandbox_kernel.errors import RecordError
-from sandbox_kernel.events import Artifact, ExecutionResult, timestamp
+from sandbox_kernel.events import Artifact, timestamp
 from sandbox_kernel.journal import Journal, PendingCell, disk_sync, explain
 from sandbox_kernel.logfile import Problem, decode, encode, iter_log, open_regular, raw_lines
 from sandbox_kernel.snapshot import read_metadata, rebuild_metadata, sorted_metadata
@@ -99,8 +99,9 @@ class Recorder:
     def finish(self, msg_id: str, **fields: Any) -> None:
         """Write the cell's ``code_execution`` line and forget it in ``.pending``. Later calls for it do nothing.
 
-        ``code`` may be left out for an accepted cell. When the line cannot be written it is kept in memory and written
-        before the next cell is accepted or finished; the error is raised all the same.
+        The document's fields come first; ``code`` may be left out for an accepted cell. When the line cannot be
+        written it is kept in memory and written before the next cell is accepted or finished; the error is raised
+        all the same.
         """
         self._retry()
         if self.seen(msg_id):
@@ -122,19 +123,6 @@ class Recorder:
         except RecordError:
             self._unwritten[msg_id] = line
             raise
-
-    def finish_result(
-        self, result: ExecutionResult, *, outputs: Sequence[dict[str, Any]] | None = None, **more: Any
-    ) -> None:
-        """:meth:`finish` with everything a result says; ``outputs``: the form for the log, pictures by reference."""
-        fields = result.model_dump(
-            mode="json", exclude={"session_id", "msg_id", "outputs", "artifacts", "output_artifacts"}
-        )
-        fields["success"] = result.success
-        fields["outputs"] = list(result.outputs if outputs is None else outputs)
-        fields["artifacts"] = [artifact.id for artifact in result.artifacts]
-        fields["output_artifacts"] = [artifact.id for artifact in result.output_artifacts]
-        self.finish(result.msg_id, **(fields | more))
 
     def retract(self, msg_id: str) -> None:
         """Forget an accepted cell that was never sent."""
@@ -310,11 +298,6 @@ class NoRecorder:
         pass
 
     def finish(self, msg_id: str, **fields: Any) -> None:
-        pass
-
-    def finish_result(
-        self, result: ExecutionResult, *, outputs: Sequence[dict[str, Any]] | None = None, **more: Any
-    ) -> None:
         pass
 
     def retract(self, msg_id: str) -> None:

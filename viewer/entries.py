@@ -142,11 +142,14 @@ def _notes(item: Item, entry: dict[str, Any]) -> None:
         names = ", ".join(map(str, lost[:50])) if isinstance(lost, list) and lost else "none were known"
         item.add("note", f"the kernel was restarted; variables lost: {one_line(names, 2000)}")
     if entry.get("truncated"):
-        whole = ", ".join(map(str, _list(entry.get("output_artifacts"))))
-        item.add("note", f"output cut here; the whole: {one_line(whole) or 'not kept'}")
-    if artifacts := _list(entry.get("artifacts")):
-        ids = [row.get("id") if isinstance(row, dict) else row for row in artifacts[:50]]
-        item.add("note", f"artifacts: {one_line(', '.join(map(str, ids)), 2000)}")
+        item.add("note", f"output cut here; the whole: {_ids(entry.get('output_artifacts')) or 'not kept'}")
+    if ids := _ids(entry.get("artifacts")):
+        item.add("note", f"artifacts: {ids}")
+
+
+def _ids(artifacts: Any) -> str:
+    ids = [row.get("id") if isinstance(row, dict) else row for row in _list(artifacts)[:50]]
+    return one_line(", ".join(map(str, ids)), 2000)
 
 
 def _list(value: Any) -> list[Any]:
