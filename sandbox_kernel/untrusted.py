@@ -6,6 +6,7 @@ never through a link, regular files only, bounded, and looked at again after it 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -59,26 +60,31 @@ def adopted(status: os.stat_result) -> bool:
     return status.st_nlink == 2 and status.st_uid == 0 == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o400
 
 
-def open_parent(dir_fd: int, path: bytes | str) -> tuple[int, bytes]:
-    """A new descriptor of the folder that holds ``path`` below ``dir_fd``, and the base name.
+@contextlib.contextmanager
+def parent_of(dir_fd: int, path: bytes | str) -> Iterator[tuple[int, bytes]]:
+    """A descriptor of the folder that holds ``path`` below ``dir_fd``, and the base name.
 
     Raises UntrustedPath for a link on the way or a path that leads out; FileNotFoundError.
     """
     parts = os.fsencode(path).split(b"/")
-    if any(part in (b"", b".", b"..") or b"\0" in part for part in parts) or len(parts) > MAX_DEPTH + 1:
+    if len(parts) > MAX_DEPTH + 1 or any(part in (b"", b".", b"..") or b"\0" in part for part in parts):
         raise UntrustedPath(f"{printable(path)!r} is not a plain relative path")
-    fd = os.dup(dir_fd)
-    for part in parts[:-1]:
-        try:
-            below = os.open(part, FOLDER, dir_fd=fd)
-        except OSError as exc:
-            if exc.errno in (errno.ELOOP, errno.ENOTDIR):
-                raise UntrustedPath(f"{printable(path)!r}: {printable(part)!r} is a link or no folder") from None
-            raise
-        finally:
+    fd = dir_fd
+    try:
+        for part in parts[:-1]:
+            try:
+                below = os.open(part, FOLDER, dir_fd=fd)
+            except OSError as exc:
+                if exc.errno in (errno.ELOOP, errno.ENOTDIR):
+                    raise UntrustedPath(f"{printable(path)!r}: {printable(part)!r} is a link or no folder") from None
+                raise
+            if fd != dir_fd:
+                os.close(fd)
+            fd = below
+        yield fd, parts[-1]
+    finally:
+        if fd != dir_fd:
             os.close(fd)
-        fd = below
-    return fd, parts[-1]
 
 
 def open_untrusted(
@@ -90,17 +96,11 @@ def open_untrusted(
     Raises UntrustedPath (link, special file, hard link, way out), ArtifactRefused (more than ``max_bytes``, or replaced
     while it was opened, or leased), FileNotFoundError. Never blocks.
     """
-    parent, name = open_parent(dir_fd, path) if b"/" in os.fsencode(path) else (dir_fd, os.fsencode(path))
-    try:
+    with parent_of(dir_fd, path) as (parent, name):
         return _open_checked(parent, name, printable(path), max_bytes, finish_adopted)
-    finally:
-        if parent != dir_fd:
-            os.close(parent)
 
 
 def _open_checked(parent: int, name: bytes, shown: str, max_bytes: int | None, finish_adopted: bool) -> int:
-    if name in (b"", b".", b"..") or b"\0" in name:
-        raise UntrustedPath(f"{shown!r} is not a plain relative path")
     # Looked at first: opening a device may already do something.
     before = os.stat(name, dir_fd=parent, follow_symlinks=False)
     reason = refusal_of(before)
@@ -131,27 +131,19 @@ def _open_checked(parent: int, name: bytes, shown: str, max_bytes: int | None, f
 
 def stat_untrusted(dir_fd: int, path: bytes | str) -> os.stat_result:
     """``lstat`` of ``path`` below ``dir_fd``. Raises UntrustedPath (a link on the way), OSError."""
-    parent, name = open_parent(dir_fd, path)
-    try:
+    with parent_of(dir_fd, path) as (parent, name):
         return os.stat(name, dir_fd=parent, follow_symlinks=False)
-    finally:
-        os.close(parent)
 
 
 def remove_untrusted(dir_fd: int, path: str, identity: tuple[int, ...]) -> bool:
     """Unlink ``path`` below ``dir_fd`` if it is still the file of that :func:`file_identity`; whether it was."""
     try:
-        parent, name = open_parent(dir_fd, path)
+        with parent_of(dir_fd, path) as (parent, name):
+            if file_identity(os.stat(name, dir_fd=parent, follow_symlinks=False)) != identity:
+                return False
+            os.unlink(name, dir_fd=parent)
     except (FileNotFoundError, UntrustedPath):
         return False
-    try:
-        if file_identity(os.stat(name, dir_fd=parent, follow_symlinks=False)) != identity:
-            return False
-        os.unlink(name, dir_fd=parent)
-    except FileNotFoundError:
-        return False
-    finally:
-        os.close(parent)
     return True
 
 

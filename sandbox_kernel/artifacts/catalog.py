@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sqlite3
 import threading
 import time
@@ -27,8 +28,12 @@ CREATE TABLE IF NOT EXISTS pictures (sha256 TEXT PRIMARY KEY, size_bytes INTEGER
 CREATE TABLE IF NOT EXISTS usage (session_id TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL) WITHOUT ROWID;
 """
 _FIELDS = tuple(name for name in Artifact.model_fields if name != "filename")  # the last part of the path
+assert _FIELDS[-1] == "created_at"
 _COLUMNS = ", ".join(_FIELDS)
 _INSERT = f"INSERT INTO artifacts ({_COLUMNS}, source, logged) VALUES ({', '.join('?' * (len(_FIELDS) + 2))})"
+
+Latest = tuple[str, str, str | None]
+"""Id, SHA-256 and source of an artifact."""
 
 Row = tuple[Artifact, str | None]
 """An artifact, its version not yet counted, and the identity of the file it was taken from."""
@@ -125,14 +130,14 @@ class Catalog:
         query = f"SELECT {_COLUMNS} FROM artifacts WHERE {condition} ORDER BY seq"
         return [_artifact(row) for row in self._all(query, tuple(where.values()))]
 
-    def latest(self, session_id: str, path: str) -> tuple[str, str, str | None] | None:
-        """``(id, sha256, source)`` of the last version taken from a file of that path."""
+    def latest(self, session_id: str, paths: Sequence[str]) -> dict[str, Latest]:
+        """For each of ``paths`` the last version that was taken from a file of that path."""
         rows = self._all(
-            "SELECT id, sha256, source FROM artifacts WHERE session_id = ? AND path = ? AND kind = 'file'"
-            " ORDER BY version DESC LIMIT 1",
-            (session_id, path),
+            "SELECT a.path, max(a.version), a.id, a.sha256, a.source FROM json_each(?) AS wanted"
+            " JOIN artifacts AS a ON a.session_id = ? AND a.path = wanted.value WHERE a.kind = 'file' GROUP BY a.path",
+            (json.dumps(paths), session_id),
         )
-        return rows[0] if rows else None
+        return {path: (artifact_id, sha256, source) for path, _, artifact_id, sha256, source in rows}
 
     def mark_logged(self, ids: Sequence[str]) -> None:
         with self._transaction() as db:
@@ -190,8 +195,7 @@ def _count(db: sqlite3.Connection, usage: dict[str, int]) -> None:
 
 
 def _values(artifact: Artifact) -> tuple[Any, ...]:
-    fields = artifact.model_dump(mode="json")
-    return tuple(fields[name] for name in _FIELDS)
+    return (*(getattr(artifact, name) for name in _FIELDS[:-1]), artifact.created_at.isoformat())
 
 
 def _artifact(row: tuple[Any, ...]) -> Artifact:

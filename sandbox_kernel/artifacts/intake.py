@@ -52,6 +52,7 @@ _MAGIC = (
     (b"SQLite format 3\x00", "application/vnd.sqlite3"),
     (b"\x89HDF\r\n\x1a\n", "application/x-hdf5"),
 )
+_STARTS = tuple(magic for magic, _ in _MAGIC)
 
 
 @dataclass(slots=True)
@@ -84,9 +85,8 @@ def type_of(path: str, head: bytes) -> str:
     known = _TYPES.get(suffix) or mimetypes.types_map.get(suffix)
     if known is not None:
         return known
-    for magic, name in _MAGIC:
-        if head.startswith(magic):
-            return name
+    if head.startswith(_STARTS):
+        return next(name for magic, name in _MAGIC if head.startswith(magic))
     try:
         head[:512].decode("utf-8")
     except UnicodeDecodeError as exc:

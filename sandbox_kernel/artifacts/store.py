@@ -10,7 +10,6 @@ was taken from: a file whose row is there is only removed. A blob without a row 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from sandbox_kernel.artifacts.blobs import BlobFolder, store_reason
-from sandbox_kernel.artifacts.catalog import Catalog, Row, salvage, set_aside
+from sandbox_kernel.artifacts.catalog import Catalog, Latest, Row, salvage, set_aside
 from sandbox_kernel.artifacts.checking import Problem, check_store, logged_artifacts
 from sandbox_kernel.artifacts.intake import CHUNK, Taken, take, type_of, write_all
 from sandbox_kernel.errors import ArtifactError, ArtifactNotFound, ArtifactRefused
@@ -253,12 +252,13 @@ class ArtifactStore:
         """
         result = Ingested()
         fresh: list[Taken] = []
-        renewed: list[tuple[str, str]] = []
+        touched: dict[str, str] = {}
         remove: list[tuple[str, tuple[int, ...]]] = []
         left = self.max_session_bytes - self.catalog.usage(session_id)
+        known = self.catalog.latest(session_id, [item.path for item in found])
         for item in found:
             identity = file_identity(item.status)
-            before = self.catalog.latest(session_id, item.path)
+            before = known.get(item.path)
             if before is not None and before[2] == _source(identity):
                 remove.append((item.path, identity))
                 continue
@@ -275,9 +275,9 @@ class ArtifactStore:
                 left -= taken.size_bytes
                 fresh.append(taken)
                 if before is not None and _touched(before, taken):
-                    renewed.append((_source(taken.identity), before[0]))
+                    touched[item.path] = before[0]
         try:
-            self._record(result, session_id, dir_fd, fresh, renewed, execution_count, msg_id)
+            self._record(result, session_id, dir_fd, fresh, touched, execution_count, msg_id)
         except ArtifactRefused as exc:
             result.refused += [Refusal(t.path, str(exc), t.size_bytes, t.identity) for t in fresh]
             fresh, result.created = [], []
@@ -294,7 +294,7 @@ class ArtifactStore:
         session_id: str,
         dir_fd: int,
         fresh: Sequence[Taken],
-        renewed: Sequence[tuple[str, str]],
+        touched: dict[str, str],
         execution_count: int | None,
         msg_id: str | None,
     ) -> None:
@@ -310,12 +310,14 @@ class ArtifactStore:
         finally:
             for taken in fresh:
                 taken.settle(dir_fd)
-        touched = {artifact_id for _, artifact_id in renewed}
         rows: list[Row] = []
+        renewed: list[tuple[str, str]] = []
         for taken in fresh:
-            before = self.catalog.latest(session_id, taken.path) if touched else None
-            if before is None or before[0] not in touched:
-                rows.append((_draft(taken, session_id, "file", execution_count, msg_id), _source(taken.identity)))
+            source = _source(taken.identity)
+            if taken.path in touched:
+                renewed.append((source, touched[taken.path]))
+            else:
+                rows.append((_draft(taken, session_id, "file", execution_count, msg_id), source))
         if rows or renewed:
             result.created = self.catalog.add(rows, renewed=renewed)
 
@@ -368,13 +370,13 @@ def _rebuild(root: Path) -> Catalog:
 
 
 def _source(identity: tuple[int, ...]) -> str:
-    return json.dumps(identity)
+    return " ".join(map(str, identity))
 
 
-def _touched(before: tuple[str, str, str | None], taken: Taken) -> bool:
+def _touched(before: Latest, taken: Taken) -> bool:
     """Whether a known file has only got another ctime (chmod, a second name come and gone): no new version."""
     _, sha256, source = before
-    return source is not None and sha256 == taken.sha256 and json.loads(source)[:4] == [*taken.identity[:4]]
+    return source is not None and sha256 == taken.sha256 and source.split()[:4] == _source(taken.identity[:4]).split()
 
 
 def _draft(taken: Taken, session_id: str, kind: Kind, execution_count: int | None, msg_id: str | None) -> Artifact:
