@@ -48,6 +48,10 @@ class Link(NamedTuple):
     prev: str | None
     seq: int
 
+    @property
+    def is_cell(self) -> bool:
+        return self.entry is not None and self.entry.get("event") == "code_execution"
+
     @classmethod
     def of(cls, line: RawLine) -> Link:
         try:

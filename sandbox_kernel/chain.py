@@ -23,6 +23,8 @@ class ChainedLog:
         self._fsync = fsync
         self._file = AppendFile(path)
         self.head = Head(GENESIS, 0, 0)
+        self.cells_after_head = 0
+        """``code_execution`` lines that the recorded head did not know of."""
         try:
             self._join(recorded)
         except BaseException:
@@ -67,6 +69,8 @@ class ChainedLog:
                 last, previous, at = line, at.digest, Head(line.digest, line.number, line.offset + line.size + 1)
                 if b'"prev": "' in (line.data or b""):
                     linked = line
+                if found and Link.of(line).is_cell:
+                    self.cells_after_head += 1
         self.head = at
         if last is not None and not last.ended:
             self._file.append(b"\n")

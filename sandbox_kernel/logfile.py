@@ -234,9 +234,7 @@ def _backwards(file: BinaryIO, end: int) -> Iterator[tuple[int, int, bytes | Non
 def _entry(name: str, where: str, size: int, data: bytes | None, ended: bool) -> dict[str, Any] | Problem | None:
     """A line's entry, or what is wrong with it; None for a blank line."""
     if data is None:
-        return Problem(
-            f"{name}, {where}", f"a line of {size} bytes or more is skipped (longest that is read: {MAX_LINE})"
-        )
+        return Problem(f"{name}, {where}", f"a line of {size} bytes or more is skipped (longest: {MAX_LINE})")
     if not data.strip():
         return None
     try:
@@ -260,6 +258,23 @@ def iter_log(path: Path) -> Iterator[dict[str, Any] | Problem]:
             found = _entry(path.name, f"line {line.number}", line.size, line.data, line.ended)
             if found is not None:
                 yield found
+
+
+def iter_log_backwards(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a log from its last one on, read from the end; what is unreadable is left out.
+
+    Raises as :func:`iter_log`. Ends at a line longer than ``MAX_LINE``.
+    """
+    try:
+        file = open_regular(path)
+    except FileNotFoundError:
+        return
+    with file:
+        for _, _, data, _ in _backwards(file, os.fstat(file.fileno()).st_size):
+            try:
+                yield decode(data or b"")
+            except ValueError:
+                continue
 
 
 def _tail(path: Path, limit: int) -> Log:

@@ -19,7 +19,7 @@ from sandbox_kernel.directory import SessionDirectory, replace_file
 from sandbox_kernel.errors import RecordError
 from sandbox_kernel.events import Artifact, timestamp
 from sandbox_kernel.journal import Journal, PendingCell, disk_sync, explain
-from sandbox_kernel.logfile import Problem, decode, encode, iter_log, open_regular, raw_lines
+from sandbox_kernel.logfile import decode, encode, iter_log_backwards, open_regular, raw_lines
 from sandbox_kernel.snapshot import read_metadata, rebuild_metadata, sorted_metadata
 
 _RECENT = 50_000
@@ -47,6 +47,9 @@ class Recorder:
             self._metadata_stamp = self._stamp()
             self._log = ChainedLog(directory.log, Head.of(self.metadata), fsync=fsync)
             undo.callback(self._log.close)
+            if isinstance(count := self.metadata.get("execution_count"), int):
+                # The metadata lag behind the log by what a crash did not let them learn.
+                self.metadata["execution_count"] = count + self._log.cells_after_head
             self._journal = Journal(directory.pending)
             undo.callback(self._journal.close)
             if rebuilt is not None:
@@ -157,16 +160,11 @@ class Recorder:
 
     def _read_written(self) -> None:
         """Learn which cells have lines since the session was last started."""
-        since: list[str] = []
-        for entry in iter_log(self.directory.log):
-            if isinstance(entry, Problem):
-                continue
+        for entry in iter_log_backwards(self.directory.log):
             if entry.get("event") == "session_started":
-                since.clear()
-            elif entry.get("event") == "code_execution" and isinstance(entry.get("msg_id"), str):
-                since.append(entry["msg_id"])
-        for msg_id in since:
-            self._note_written(msg_id)
+                break
+            if entry.get("event") == "code_execution" and isinstance(entry.get("msg_id"), str):
+                self._note_written(entry["msg_id"])
         self._knows_all_written = True
 
     def _forget_written(self) -> None:

@@ -117,6 +117,22 @@ def test_metadata_soon_are_there_soon_and_at_close(directory: SessionDirectory) 
     assert (read_metadata(directory.path)[0] or {})["execution_count"] == 2
 
 
+def test_the_count_of_cells_survives_a_crash_before_the_metadata_were_written(directory: SessionDirectory) -> None:
+    record = Recorder.open(directory)
+    record.started("abc", None)
+    record.update_metadata(execution_count=3)
+    for n in range(4):
+        record.finish(f"m{n}", code="pass", status="ok")
+    record._log.close()
+    record._journal.close()
+    with Recorder.open(directory) as again:
+        assert again.metadata["execution_count"] == 7
+        assert again.seen("m0")
+        assert not again.seen("m9")
+    with Recorder.open(directory) as again:
+        assert again.metadata["execution_count"] == 7
+
+
 def test_a_cell_is_written_once(directory: SessionDirectory) -> None:
     with Recorder.open(directory) as record:
         record.started("abc", None)
