@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sandbox_kernel.errors import RecordError
-from sandbox_kernel.logfile import RawLine, decode, open_regular, raw_lines
+from sandbox_kernel.jsonline import decode
+from sandbox_kernel.logfile import RawLine, open_regular, raw_lines
 from sandbox_kernel.snapshot import read_metadata
 
 GENESIS = "0" * 64

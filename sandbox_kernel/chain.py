@@ -9,7 +9,8 @@ from typing import Any
 from sandbox_kernel.audit import GENESIS, Head, Link, digest_of_first
 from sandbox_kernel.events import timestamp
 from sandbox_kernel.journal import AppendFile, disk_sync
-from sandbox_kernel.logfile import RawLine, encode, open_regular, raw_lines
+from sandbox_kernel.jsonline import encode
+from sandbox_kernel.logfile import RawLine, open_regular, raw_lines
 
 
 class ChainedLog:

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 from sandbox_kernel.directory import replace_file
 from sandbox_kernel.errors import RecordError, RecordFull
-from sandbox_kernel.logfile import Problem, decode, encode, open_regular, raw_lines
+from sandbox_kernel.jsonline import decode, encode
+from sandbox_kernel.logfile import Problem, open_regular, raw_lines
 
 _FULL = {
     errno.ENOSPC: "no space left on the device; free some",

@@ -19,7 +19,8 @@ from sandbox_kernel.directory import SessionDirectory, replace_file
 from sandbox_kernel.errors import RecordError
 from sandbox_kernel.events import Artifact, timestamp
 from sandbox_kernel.journal import Journal, PendingCell, disk_sync, explain
-from sandbox_kernel.logfile import decode, encode, iter_log_backwards, open_regular, raw_lines
+from sandbox_kernel.jsonline import decode, encode
+from sandbox_kernel.logfile import iter_log_backwards, open_regular, raw_lines
 from sandbox_kernel.snapshot import read_metadata, rebuild_metadata, sorted_metadata
 
 _RECENT = 50_000

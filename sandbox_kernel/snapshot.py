@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sandbox_kernel.errors import RecordError, SandboxError
-from sandbox_kernel.logfile import Problem, decode, iter_log, open_regular
+from sandbox_kernel.jsonline import decode
+from sandbox_kernel.logfile import Problem, iter_log, open_regular
 from sandbox_kernel.untrusted import FOLDER, read_untrusted
 
 METADATA_LIMIT = 4 * 2**20

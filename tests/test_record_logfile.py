@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from sandbox_kernel import logfile
 from sandbox_kernel.errors import RecordError
-from sandbox_kernel.logfile import Problem, decode, encode, follow, read_log
+from sandbox_kernel.jsonline import decode, encode
+from sandbox_kernel.logfile import Problem, follow, read_log
 from sandbox_kernel.snapshot import read_metadata, read_state
 
 JSON = st.recursive(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from sandbox_kernel.audit import verify
-from sandbox_kernel.logfile import Problem, encode, follow, iter_log, read_log
+from sandbox_kernel.jsonline import encode
+from sandbox_kernel.logfile import Problem, follow, iter_log, read_log
 from sandbox_kernel.snapshot import read_metadata, read_state
 from viewer.entries import Item, State, artifact_row, describe, describe_state
 from viewer.folder import MAX_INGESTED, ingested, waiting
