@@ -1,0 +1,5 @@
+"""``python -m sandbox_kernel.cli``."""
+
+from sandbox_kernel.cli import main
+
+main()
