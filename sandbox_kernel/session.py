@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -133,7 +133,7 @@ class Session:
         assert result is not None
         return result
 
-    async def stream(self, code: str, *, timeout: Timeout = DEFAULT) -> AsyncIterator[StreamEvent]:
+    async def stream(self, code: str, *, timeout: Timeout = DEFAULT) -> AsyncGenerator[StreamEvent, None]:
         """Run a cell and yield what it says as it says it; the last event is ``finished`` with the result.
 
         Leaving the loop early interrupts the cell. Errors as for :meth:`execute`.
@@ -142,7 +142,7 @@ class Session:
             async for event in events:
                 yield event  # type: ignore[misc]  # the Feed makes only events of the union
 
-    async def _run(self, code: str, timeout: Timeout, *, events: bool) -> AsyncIterator[CellEvent]:
+    async def _run(self, code: str, timeout: Timeout, *, events: bool) -> AsyncGenerator[CellEvent, None]:
         if not isinstance(code, str):
             raise TypeError(f"code must be a str, not {type(code).__name__}")
         if not (timeout is None or timeout == "default" or (isinstance(timeout, (int, float)) and timeout > 0)):
