@@ -75,6 +75,6 @@ $(STAMPS)/bench: $(STAMPS)/venv
 need = command -v $(1) >/dev/null || { \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "$(1) is missing. To mend that: apt-get install --no-install-recommends $(2)"; \
-	  apt-get update -q >/dev/null && DEBIAN_FRONTEND=noninteractive \
-	    apt-get install -q -y --no-install-recommends $(2) >/dev/null; \
+	  apt-get update -qq >/dev/null && DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -qq -y --no-install-recommends $(2) >/dev/null; \
 	else echo "$(1) is missing; where it is needed: sudo apt-get install $(2)"; fi; }

@@ -207,6 +207,46 @@ def test_nothing_is_done_unasked(engine: docker.DockerClient) -> None:
     assert processes("dockerd") == before
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may start a daemon")
+def test_a_daemon_is_started_outlives_its_starter_and_is_started_again(engine: docker.DockerClient) -> None:
+    """Beside the engine that runs: in a network, a /run and a /var/lib/docker of its own.
+
+    The second round begins as after a crash: the pid files are there and name a process that is no daemon.
+    """
+    python = sys.executable
+    script = f"""
+        set -e
+        mount -t tmpfs none /run
+        mount -t tmpfs none /var/lib/docker
+        mount -t tmpfs none /var/log
+        trap stop EXIT
+        stop() {{ kill -9 $(cat /run/docker.pid) $(cat /run/docker/containerd/containerd.pid); }}
+        ended() {{ ! grep -sq State:.[^Z] /proc/$1/status; }}
+        {python} -m sandbox_kernel.provisioning.bringup --yes
+        pid=$(cat /run/docker.pid)
+        echo fds $(readlink /proc/$pid/fd/0 /proc/$pid/fd/1 /proc/$pid/fd/2)
+        echo leads $(ps -o sid= -p $pid) $pid
+        stop
+        until ended $pid; do sleep 0.05; done
+        echo $$ | tee /run/docker.pid > /run/docker/containerd/containerd.pid
+        {python} -m sandbox_kernel.provisioning.bringup --yes
+    """
+    done = subprocess.run(
+        ["unshare", "--mount", "--net", "sh", "-c", script],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={name: value for name, value in os.environ.items() if name != "DOCKER_HOST"},
+    )
+    assert done.returncode == 0, done
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("Docker Engine ") for line in lines) == 2
+    assert f"fds /dev/null {bringup.LOG} {bringup.LOG}" in lines
+    (leads,) = [line.split()[1:] for line in lines if line.startswith("leads ")]
+    assert leads[0] == leads[1]
+
+
 def processes(name: str) -> set[str]:
     """Pids of the programs of that name."""
     found = set()

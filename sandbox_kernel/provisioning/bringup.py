@@ -27,10 +27,11 @@ DEFAULT_ENDPOINT = "unix:///var/run/docker.sock"
 LOG = Path("/var/log/sandbox-kernel-dockerd.log")
 PACKAGES = ("docker.io", "iptables")
 START_TIMEOUT_S = 60.0
-_PID_FILES = (
-    (Path("/var/run/docker.pid"), "dockerd"),
-    (Path("/var/run/docker/containerd/containerd.pid"), "containerd"),
-)
+_PID_FILES = {
+    "dockerd": Path("/var/run/docker.pid"),
+    "containerd": Path("/var/run/docker/containerd/containerd.pid"),
+}
+_APT = {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -97,8 +98,8 @@ def plan() -> BringUpPlan:
             return BringUpPlan(
                 obstacle="install Docker Engine as your distribution does: https://docs.docker.com/engine/install/"
             )
-        commands.append(["apt-get", "update", "-q"])
-        commands.append(["apt-get", "install", "-q", "-y", "--no-install-recommends", *PACKAGES])
+        commands.append(["apt-get", "update", "-qq"])
+        commands.append(["apt-get", "install", "-qq", "-y", "--no-install-recommends", *PACKAGES])
     if systemd:
         commands.append(["systemctl", "start", "docker"])
     return BringUpPlan(commands=commands, start_daemon=not systemd)
@@ -122,27 +123,29 @@ def bring_up(assume_yes: bool = False, progress: Progress = print) -> EngineStat
     if not assume_yes and not _agreed():
         raise EngineUnavailable(f"{status.detail}\nTo mend it: sandbox-kernel engine up --yes (or the commands above)")
     for command in todo.commands:
-        run(command, progress, environment={"DEBIAN_FRONTEND": "noninteractive"})
-    if todo.start_daemon and not engine_status().answers:
-        _start_daemon()
-    status = _await_engine()
+        run(command, progress, environment=_APT)
+    daemon = _start_daemon() if todo.start_daemon and not engine_status().answers else None
+    try:
+        status = _await_engine(daemon)
+    finally:
+        if daemon is not None:
+            daemon.returncode = 0  # not ours to reap: it lives on, and Popen must not warn of it
     progress(status.detail)
     return status
 
 
-def _start_daemon() -> None:
+def _start_daemon() -> subprocess.Popen[bytes] | None:
     """Start ``dockerd`` so that it outlives us and holds none of our descriptors."""
     if _daemon_alive():
-        return  # the package's own init script was quicker
+        return None  # the package's own init script was quicker
     dockerd = _find("dockerd")
     if dockerd is None:
         raise EngineUnavailable(f"{' '.join(PACKAGES)} are installed, but there is no dockerd on this machine")
     environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:{_SBIN}"}
     with LOG.open("ab") as log:
-        daemon = subprocess.Popen(
+        return subprocess.Popen(
             [dockerd], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    daemon.returncode = 0  # not ours to reap: it lives on, and Popen must not warn of it
 
 
 def _daemon_alive() -> bool:
@@ -150,7 +153,8 @@ def _daemon_alive() -> bool:
 
     A daemon that was killed leaves them, and where the pid is in use again dockerd takes that process for a daemon.
     """
-    return [_owner_lives(pid_file, name) for pid_file, name in _PID_FILES][0]
+    alive = {name: _owner_lives(pid_file, name) for name, pid_file in _PID_FILES.items()}
+    return alive["dockerd"]
 
 
 def _owner_lives(pid_file: Path, name: str) -> bool:
@@ -164,12 +168,14 @@ def _owner_lives(pid_file: Path, name: str) -> bool:
     return False
 
 
-def _await_engine() -> EngineStatus:
+def _await_engine(daemon: subprocess.Popen[bytes] | None) -> EngineStatus:
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         status = engine_status()
         if status.answers:
             return status
+        if daemon is not None and daemon.poll() is not None:
+            raise EngineUnavailable(f"dockerd ended at once ({daemon.returncode}). {_log_tail()}")
         if time.monotonic() > deadline:
             raise EngineUnavailable(f"{status.detail} after {START_TIMEOUT_S:.0f} s. {_log_tail()}")
         time.sleep(0.2)  # the daemon has no event for "ready": its socket is asked again
