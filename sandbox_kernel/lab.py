@@ -31,12 +31,12 @@ from urllib.parse import quote
 
 from jupyter_core.paths import jupyter_data_dir
 
-from sandbox_kernel.errors import KernelStartError, SandboxError, SettingsError
+from sandbox_kernel.errors import KernelStartError, SandboxError
 from sandbox_kernel.provisioning.attach import PROVISIONER, AttachedKernelSpecs, read_connection_file
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 3.0
-"""Lab ends in about 1 s; it hangs after a refused kernel start (its `shutdown_all` trips over it), and killing it harms nothing."""
+"""Lab ends in about 1 s; after a refused kernel start it hangs (`shutdown_all` trips over it). Killing does no harm."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -44,20 +44,15 @@ _PR_SET_PDEATHSIG = 1
 class LabTarget:
     """The session to attach to.
 
-    ``connection_file``: Jupyter connection file of its kernel. ``container_id`` (or a name) or ``pid``: whom to send
-    SIGHUP to restart the kernel. ``notebook_dir``: folder of the session's notebook; made when it is missing.
-    Raises SettingsError unless exactly one of ``container_id`` and ``pid`` is given.
+    ``connection_file``: Jupyter connection file of its kernel. ``container_id``: the container's id or name, or the
+    ``local:...`` id of a kernel without one; by it the kernel is restarted. ``notebook_dir``: folder of the session's
+    notebook; made when it is missing.
     """
 
     session_id: str
     connection_file: Path
     notebook_dir: Path
-    container_id: str | None = None
-    pid: int | None = None
-
-    def __post_init__(self) -> None:
-        if (self.container_id is None) == (self.pid is None):
-            raise SettingsError(f"session {self.session_id!r}: give container_id or pid, not both or none")
+    container_id: str
 
     @property
     def kernel_name(self) -> str:
@@ -77,11 +72,7 @@ def write_kernelspec(target: LabTarget, data_dir: Path | None = None) -> Path:
     in its environment then offers the session in its launcher. Raises ConnectionFileError.
     """
     info = read_connection_file(target.connection_file)
-    config: dict[str, Any] = {"connection_file": str(target.connection_file.absolute())}
-    if target.container_id is not None:
-        config["container"] = target.container_id
-    else:
-        config["pid"] = target.pid
+    config = {"connection_file": str(target.connection_file.absolute()), "container": target.container_id}
     spec: dict[str, Any] = {
         "argv": [],
         "display_name": f"session {target.session_id}",

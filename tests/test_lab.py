@@ -7,47 +7,46 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import nbformat
 import pytest
 import pytest_asyncio
-import zmq
 from browser import LabPage, chromium, lab_page
 from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.manager import AsyncKernelManager, KernelManager
+from kernels import client_of, spec
 from nbclient import NotebookClient
 from playwright.async_api import Browser, expect
 
-import sandbox_kernel
-from sandbox_kernel.errors import ConnectionFileError, KernelStartError, SessionClosed, SettingsError
+from sandbox_kernel.errors import ConnectionFileError, KernelStartError, SessionClosed
 from sandbox_kernel.lab import LabServer, LabTarget, how_to_attach, write_kernelspec, write_notebook
-from sandbox_kernel.provisioning.attach import read_connection_file
+from sandbox_kernel.provisioning.docker import DockerProvisioner
+from sandbox_kernel.provisioning.local import LocalHostProvisioner, NoIsolation
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-LAUNCH = Path(sandbox_kernel.__file__).parent / "kernel_side" / "launch.py"
+Host = DockerProvisioner | LocalHostProvisioner
 
 
 class Running:
-    """A session's kernel under its supervisor, as in a container but on this machine; and the session's own client."""
+    """A session's kernel, launched as a session launches it, and a client past Lab: the session's own."""
 
-    def __init__(self, target: LabTarget, process: asyncio.subprocess.Process, client: AsyncKernelClient) -> None:
+    def __init__(self, target: LabTarget, host: Host, client: AsyncKernelClient) -> None:
         self.target = target
-        self.process = process
+        self.host = host
         self.client = client
 
-    async def eval(self, expression: str) -> str:
-        """The repr of an expression, asked as the session asks: past Lab."""
+    async def eval(self, expression: str, timeout: float = 20) -> str:
+        """The repr of an expression."""
         reply = await self.client.execute(
-            "", silent=True, user_expressions={"value": expression}, reply=True, timeout=20
+            "", silent=True, user_expressions={"value": expression}, reply=True, timeout=timeout
         )
         value = reply["content"]["user_expressions"]["value"]
         return str(value["data"]["text/plain"] if value["status"] == "ok" else value["ename"])
@@ -58,46 +57,23 @@ class Running:
 
 
 @asynccontextmanager
-async def running(folder: Path, session_id: str, transport: str = "ipc") -> AsyncIterator[Running]:
-    """Starts a kernel by ``kernel_side/launch.py``, with CurveZMQ keys, and waits until it answers."""
-    public, secret = zmq.curve_keypair()
-    key = uuid.uuid4().hex
-    connection: dict[str, str | int] = {
-        "transport": transport,
-        "ip": str(folder / "s") if transport == "ipc" else "127.0.0.1",
-        "key": key,
-        "signature_scheme": "hmac-sha256",
-        "kernel_name": "sandbox",
-        "curve_publickey": public.decode(),
-        "curve_secretkey": secret.decode(),
-    }
-    for number, channel in enumerate(("shell", "iopub", "stdin", "control", "hb"), 1):
-        connection[f"{channel}_port"] = number if transport == "ipc" else free_port()
-    folder.mkdir(exist_ok=True)
-    connection_file = folder / "kernel.json"
-    connection_file.write_text(json.dumps(connection))
-    options = folder / "options.json"
-    options.write_text(
-        json.dumps({"connection_file": str(connection_file), "cwd": str(folder), "state_dir": str(folder / "state")})
-    )
-    process = await asyncio.create_subprocess_exec(sys.executable, str(LAUNCH), str(options), start_new_session=True)
-    client = AsyncKernelClient()
-    client.load_connection_info(read_connection_file(connection_file))
-    client.start_channels()
+async def running(folder: Path, session_id: str, **settings: Any) -> AsyncIterator[Running]:
+    wanted = spec(folder, session_id, **settings)
+    host: Host
+    if wanted.settings.engine == "local":
+        host = LocalHostProvisioner(kernel_id=wanted.kernel_id, spec=wanted)
+        with pytest.warns(NoIsolation):
+            info = await host.launch()
+    else:
+        host = DockerProvisioner(kernel_id=wanted.kernel_id, spec=wanted)
+        info = await host.launch()
     try:
-        await client.wait_for_ready(timeout=30)
-        yield Running(LabTarget(session_id, connection_file, folder / "notebooks", pid=process.pid), process, client)
+        assert host.connection_file is not None
+        target = LabTarget(session_id, host.connection_file, folder / "notebooks", str(host.container_id))
+        async with client_of(info) as client:
+            yield Running(target, host, client)
     finally:
-        client.stop_channels()
-        client.context.destroy(linger=0)
-        if process.returncode is None:
-            process.terminate()
-        await process.wait()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+        await host.remove()
 
 
 async def until(condition: Callable[[], bool | Awaitable[bool]], timeout: float = 20) -> None:
@@ -110,6 +86,14 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], timeout: float 
             await asyncio.sleep(0.05)
 
 
+async def fresh(session: Running) -> bool:
+    """Whether a restarted kernel answers: one that has run nothing."""
+    try:
+        return await session.eval("before_restart", timeout=0.5) == "NameError"
+    except TimeoutError:  # the request went to the kernel before
+        return False
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -119,7 +103,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def session(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+async def session(image: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     async with running(tmp_path_factory.mktemp("conv"), "Conv") as kernel:
         yield kernel
 
@@ -175,13 +159,13 @@ async def test_stop_ends_a_running_cell(page: LabPage, wait: str, error: str) ->
 
 
 async def test_restart_kernel_restarts_the_sessions_kernel(session: Running, page: LabPage) -> None:
-    await session.run("before_restart = 1\nimport os\nwith open('pid', 'w') as f: f.write(str(os.getpid()))")
-    old = int((session.target.connection_file.parent / "pid").read_text())
+    await session.run("before_restart = 1")
     await page.menu("Kernel", "Restart Kernel…", confirm=True)
-    await until(lambda: not alive(old))
+    await expect(page.page.locator(".jp-Dialog")).to_have_count(0)
+    await until(lambda: fresh(session))
     await page.ready()
     assert "NameError" in await page.run("before_restart")
-    assert session.process.returncode is None
+    assert await session.host.poll() is None
     await session.run("after_restart = 5")
     assert await page.run("after_restart") == "5"
 
@@ -256,12 +240,14 @@ async def test_lab_ends_with_its_processes_and_files(session: Running) -> None:
         assert b"token=" not in Path(f"/proc/{server.pid}/cmdline").read_bytes()
         await asyncio.to_thread(request, server, "POST", "/api/kernels", {"name": session.target.kernel_name})
         await session.run("kept = 7")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await server.wait() == -signal.SIGTERM
     assert not alive(server.pid)
     assert not home.exists()
     assert await session.eval("kept") == "7"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 async def test_a_signal_ends_lab_and_not_the_session(session: Running, tmp_path: Path, number: signal.Signals) -> None:
     script = f"""
 import asyncio, sys
@@ -271,7 +257,7 @@ target = LabTarget(
     "Conv",
     Path({str(session.target.connection_file)!r}),
     Path({str(session.target.notebook_dir)!r}),
-    pid={session.process.pid},
+    {session.target.container_id!r},
 )
 async def main():
     async with LabServer(target) as lab:
@@ -288,7 +274,7 @@ except KeyboardInterrupt:
     assert process.stdout is not None
     pid = int(await process.stdout.readline())
     process.send_signal(number)
-    assert await process.wait() == {signal.SIGINT: 130, signal.SIGTERM: 15, signal.SIGKILL: -9}[number]
+    assert await process.wait() == {signal.SIGINT: 130, signal.SIGKILL: -9}[number]
     # A killed parent cannot wait for Lab: then it is the system that ends it.
     await until(lambda: not alive(pid), 0.1 if number != signal.SIGKILL else 10)
     assert await session.eval("1 + 1") == "2"
@@ -318,9 +304,12 @@ async def test_nbclient_attaches_and_detaches(session: Running, offered: str) ->
     assert await session.eval("from_nbclient") == "21"
 
 
-async def test_a_blocking_manager_attaches_restarts_and_detaches(session: Running, offered: str) -> None:
-    def use() -> str:
-        manager = KernelManager(kernel_name=offered)
+@pytest.mark.parametrize("settings", [{"engine": "local"}, {"transport": "tcp"}], ids=["local", "tcp"])
+async def test_a_blocking_manager_attaches_restarts_and_detaches(
+    image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    def use(kernel_name: str) -> str:
+        manager = KernelManager(kernel_name=kernel_name)
         manager.start_kernel()
         assert manager.is_alive()
         manager.restart_kernel()
@@ -332,24 +321,29 @@ async def test_a_blocking_manager_attaches_restarts_and_detaches(session: Runnin
             client.stop_channels()
             manager.shutdown_kernel()
 
-    await session.run("kept = 1")
-    assert await asyncio.to_thread(use) == "ok"
-    assert await session.eval("kept") == "NameError"
-    assert await session.eval("blocking") == "1"
-
-
-async def test_over_tcp_and_a_dead_session_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    async with running(tmp_path / "tcp", "tcp", transport="tcp") as kernel:
+    async with running(tmp_path, "conv", **settings) as kernel:
+        await kernel.run("kept = 1")
+        assert await asyncio.to_thread(use, write_kernelspec(kernel.target, tmp_path).name) == "ok"
+        assert await kernel.eval("kept") == "NameError"
+        assert await kernel.eval("blocking") == "1"
+
+
+async def test_a_dead_kernel_is_seen_and_its_successor_is_the_same_to_lab(
+    image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    async with running(tmp_path, "conv") as kernel:
         name = write_kernelspec(kernel.target, tmp_path).name
-        await kernel.run("kept = 3")
         manager = AsyncKernelManager(kernel_name=name)
         await manager.start_kernel()
-        await manager.shutdown_kernel()
-        assert await kernel.eval("kept") == "3"
-        manager = AsyncKernelManager(kernel_name=name)
-        await manager.start_kernel()
-        kernel.process.kill()
+        first = kernel.host.container_id
+        await kernel.host.launch()
+        assert kernel.host.container_id != first
+        assert await manager.is_alive()
+        # The kernelspec still names the first container.
+        await manager.restart_kernel()
+        await kernel.host.send_signal(signal.SIGKILL)
         await until(lambda: not_alive(manager))
         await manager.shutdown_kernel()
         with pytest.raises(SessionClosed, match="start it again"):
@@ -365,13 +359,13 @@ async def not_alive(manager: AsyncKernelManager) -> bool:
 
 async def test_kernelspec_names_keep_sessions_apart(tmp_path: Path) -> None:
     ids = ["conv", "Conv", "cOnv", "CONV", "conv-1", "_conv", "a.b_C-9"]
-    names = [LabTarget(name, tmp_path, tmp_path, pid=1).kernel_name for name in ids]
+    names = [LabTarget(name, tmp_path, tmp_path, "c").kernel_name for name in ids]
     assert len({name.lower() for name in names}) == len(ids)
     assert names[0] == "sandbox-conv"
 
 
 async def test_the_notebook_is_made_once_and_valid(tmp_path: Path) -> None:
-    target = LabTarget("conv", tmp_path / "k.json", tmp_path / "deep" / "folder", pid=1)
+    target = LabTarget("conv", tmp_path / "k.json", tmp_path / "deep" / "folder", "c")
     path = write_notebook(target)
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -381,7 +375,7 @@ async def test_the_notebook_is_made_once_and_valid(tmp_path: Path) -> None:
 
 
 async def test_a_missing_or_foreign_connection_file_is_named(tmp_path: Path) -> None:
-    target = LabTarget("conv", tmp_path / "k.json", tmp_path, pid=1)
+    target = LabTarget("conv", tmp_path / "k.json", tmp_path, "c")
     with pytest.raises(ConnectionFileError, match=r"k\.json.*start it again"):
         write_kernelspec(target, tmp_path)
     for content in ("{", "[]", "{}", '{"shell_port": 1}'):
@@ -390,15 +384,8 @@ async def test_a_missing_or_foreign_connection_file_is_named(tmp_path: Path) -> 
             write_kernelspec(target, tmp_path)
 
 
-async def test_a_target_names_whom_to_restart(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="container_id or pid"):
-        LabTarget("conv", tmp_path, tmp_path)
-    with pytest.raises(SettingsError, match="container_id or pid"):
-        LabTarget("conv", tmp_path, tmp_path, container_id="c", pid=1)
-
-
 async def test_how_to_attach_names_every_way(tmp_path: Path) -> None:
-    target = LabTarget("conv", tmp_path / "kernel-conv.json", tmp_path, pid=1)
+    target = LabTarget("conv", tmp_path / "kernel-conv.json", tmp_path, "c")
     text = how_to_attach(target, url="http://127.0.0.1:1/lab")
     for part in ("session conv", "http://127.0.0.1:1/lab", "--existing kernel-conv.json", "exit(keep_kernel=True)"):
         assert part in text

@@ -26,30 +26,29 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKerne
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 from jupyter_core.utils import ensure_async, run_sync
-from traitlets import Int, Unicode
+from traitlets import Unicode
 
-from sandbox_kernel.errors import ConnectionFileError, KernelStartError, SessionClosed
-from sandbox_kernel.provisioning.engine import Engine
+from sandbox_kernel.errors import ConnectionFileError, EngineError, KernelStartError, SessionClosed
+from sandbox_kernel.provisioning.engine import Engine, NotThere
+from sandbox_kernel.provisioning.orphans import process_identity
 
 PROVISIONER = "sandbox-attach"
 """Name of the entry point in ``jupyter_client.kernel_provisioners``."""
 
 _PORTS = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
 _RESTART_GAP_S = 5.0
-"""How long the shell socket may be missing before the kernel counts as dead: the session restarts its kernel too."""
+"""How long the shell socket may be missing before the kernel counts as dead: the session relaunches it."""
 _RESTART_TIMEOUT_S = 60.0
 
 
 class AttachProvisioner(KernelProvisionerBase):
     """Configured by the kernelspec's ``kernel_provisioner.config``; see :func:`sandbox_kernel.lab.write_kernelspec`.
 
-    Of ``container`` and ``pid`` one is set: whom to send SIGHUP, on which ``kernel_side/launch.py``
-    replaces its kernel by a fresh one on the same sockets.
+    On SIGHUP the container's ``kernel_side/launch.py`` replaces its kernel by a fresh one on the same sockets.
     """
 
     connection_file = Unicode(help="The session's connection file.").tag(config=True)
-    container = Unicode(help="Id or name of the session's container.").tag(config=True)
-    pid = Int(0, help="Process id of the kernel's supervisor, where there is no container.").tag(config=True)
+    container = Unicode(help="Id or name of the session's container, or the id of a local kernel.").tag(config=True)
 
     _attached = False
 
@@ -145,7 +144,7 @@ class AttachProvisioner(KernelProvisionerBase):
         async with self._client() as client:
             # On control, because shell waits for the cell that is to be cut short.
             before = await _ask(client, "control", wait_s=1.0)
-            await self._hang_up()
+            await asyncio.to_thread(self._hang_up)
             try:
                 async with asyncio.timeout(_RESTART_TIMEOUT_S):
                     while await _ask(client, "shell", wait_s=0.2) in (None, before):
@@ -173,11 +172,25 @@ class AttachProvisioner(KernelProvisionerBase):
             client.stop_channels()
             client.context.destroy(linger=0)
 
-    async def _hang_up(self) -> None:
-        if self.container:
-            await asyncio.to_thread(lambda: Engine.shared().signal(self.container, "SIGHUP"))
-        else:
-            os.kill(self.pid, signal.SIGHUP)
+    def _hang_up(self) -> None:
+        """Sends SIGHUP to the kernel's supervisor (blocks)."""
+        if self.container.startswith("local:"):
+            _, _, identity = self.container.split(":", 2)
+            pid = int(identity.split(":")[1])
+            if process_identity(pid) != identity.replace(":", " "):
+                raise EngineError(f"the kernel's process {pid} has ended; attach to the session anew")
+            os.kill(pid, signal.SIGHUP)
+            return
+        engine = Engine.shared()
+        try:
+            engine.signal(self.container, "SIGHUP")
+        except NotThere:
+            # A kernel that died and was launched again has the same connection file, in a container of another id.
+            kernel_id = Path(self.connection_file).stem.removeprefix("kernel-")
+            found = engine.containers(kernel=kernel_id)
+            if not found:
+                raise
+            engine.signal(str(found[0]["Id"]), "SIGHUP")
 
 
 class AttachedKernelSpecs(KernelSpecManager):
