@@ -60,6 +60,9 @@ class AppendFile:
         self.size = status.st_size
 
     def disturbed(self) -> bool:
+        """Raises RecordError when the file was closed."""
+        if self._fd < 0:
+            raise RecordError(f"{self.path} is closed: the session was stopped")
         status = os.fstat(self._fd)
         return status.st_size != self.size or status.st_nlink == 0
 
@@ -73,7 +76,7 @@ class AppendFile:
             while done < len(data):
                 done += os.write(self._fd, data[done:])
         except OSError as exc:
-            if error is None and os.fstat(self._fd).st_size > self.size:
+            if error is None and self._fd >= 0 and os.fstat(self._fd).st_size > self.size:
                 os.ftruncate(self._fd, self.size)
             raise explain(self.path, exc) from exc
         self.size += len(data)

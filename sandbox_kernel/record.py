@@ -23,8 +23,8 @@ from sandbox_kernel.jsonline import decode, encode
 from sandbox_kernel.logfile import iter_log_backwards, open_regular, raw_lines
 from sandbox_kernel.snapshot import read_metadata, rebuild_metadata, sorted_metadata
 
-_RECENT = 50_000
-"""msg_ids of finished cells kept in memory."""
+_RECENT = 20_000
+"""Finished cells remembered while a session runs; a cell that ends twice does so within a few."""
 
 
 class Recorder:
@@ -37,7 +37,8 @@ class Recorder:
         """Use :meth:`open`."""
         self.directory = directory
         self._fsync = fsync
-        self._written: dict[str, None] = {}
+        self._written: dict[int, None] = {}
+        """Hashes of the msg_ids whose lines are in the log: a third of the memory of the ids."""
         self._knows_all_written = False
         self._unwritten: dict[str, dict[str, Any]] = {}
         self._metadata_lock = threading.Lock()
@@ -138,13 +139,17 @@ class Recorder:
 
     def seen(self, msg_id: str) -> bool:
         """Whether the cell's line is in the log, looking back to the last ``session_started``."""
-        if msg_id not in self._written and msg_id not in self._journal.cells and not self._knows_all_written:
+        known = hash(msg_id) in self._written
+        if not known and msg_id not in self._journal.cells and not self._knows_all_written:
             self._read_written()
-        return msg_id in self._written
+            known = hash(msg_id) in self._written
+        return known
 
     def _finish(self, msg_id: str, line: dict[str, Any]) -> None:
         self._log.append("code_execution", dict(line))
-        self._note_written(msg_id)
+        self._written[hash(msg_id)] = None
+        if len(self._written) > _RECENT and self._knows_all_written:
+            del self._written[next(iter(self._written))]
         # The line is in the log: whatever .pending still says, opening it again finds that out.
         with contextlib.suppress(RecordError):
             self._journal.forget(msg_id)
@@ -154,18 +159,13 @@ class Recorder:
             self._finish(msg_id, self._unwritten[msg_id])
             del self._unwritten[msg_id]
 
-    def _note_written(self, msg_id: str) -> None:
-        self._written[msg_id] = None
-        if len(self._written) > _RECENT:
-            del self._written[next(iter(self._written))]
-
     def _read_written(self) -> None:
         """Learn which cells have lines since the session was last started."""
         for entry in iter_log_backwards(self.directory.log):
             if entry.get("event") == "session_started":
                 break
             if entry.get("event") == "code_execution" and isinstance(entry.get("msg_id"), str):
-                self._note_written(entry["msg_id"])
+                self._written[hash(entry["msg_id"])] = None
         self._knows_all_written = True
 
     def _forget_written(self) -> None:
@@ -179,7 +179,7 @@ class Recorder:
                 with contextlib.suppress(ValueError):
                     entry = decode(line.data or b"")
                     if entry.get("event") == "code_execution" and entry.get("msg_id") in self._journal.cells:
-                        self._note_written(entry["msg_id"])
+                        self._written[hash(entry["msg_id"])] = None
                         self._journal.forget(entry["msg_id"])
 
     # --- metadata -----------------------------------------------------------------------------

@@ -275,6 +275,22 @@ def test_a_full_disk_leaves_the_log_whole_and_loses_no_finished_cell(small_disk:
     assert verify(directory.path).intact
 
 
+def test_a_read_only_folder_is_an_error_that_says_so(small_disk: Path) -> None:
+    directory = SessionDirectory(small_disk, "conv")
+    directory.create(os.getuid(), os.getgid())
+    Recorder.open(directory).close()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(RecordFull, match=r"session\.log.*read-only"):
+        Recorder.open(directory)
+
+
+def test_a_closed_record_says_so(directory: SessionDirectory) -> None:
+    record = Recorder.open(directory)
+    record.close()
+    with pytest.raises(RecordError, match="closed"):
+        record.append("late")
+
+
 def test_a_file_that_cannot_be_written_is_named(directory: SessionDirectory) -> None:
     directory.log.mkdir()
     with pytest.raises(RecordError, match=r"session\.log"):

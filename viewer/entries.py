@@ -62,7 +62,11 @@ def describe(entry: dict[str, Any]) -> Item:
             item.add("note", f"{one_line(row.get('id'))}  {one_line(name)}  {size(row.get('size_bytes'))}")
         if len(artifacts) > MAX_ROWS:
             item.add("note", f"... and {len(artifacts) - MAX_ROWS} more")
-    item.facts += [f"{one_line(name, 60)}={one_line(value)}" for name, value in left.items()]
+    for name, value in left.items():
+        if isinstance(value, str) and (len(value) > 200 or "\n" in value):
+            item.add("output", value, fold=True)
+        else:
+            item.facts.append(f"{one_line(name, 60)}={one_line(value)}")
     return item
 
 
