@@ -62,6 +62,7 @@ class Channel:
         self.unreadable = 0
         """Messages that were no valid message (bad signature, not JSON): counted and dropped."""
         self._loop.add_reader(self._fd, self.read)
+        self._loop.call_soon(self.read)  # the descriptor tells of nothing before a first look
 
     def send(self, message: Message) -> None:
         self._wire.send(self._socket, message)
@@ -117,8 +118,9 @@ class Kernel:
         self._replies: dict[str, asyncio.Future[Message]] = {}
         self._feed: Feed | None = None
         self._welcome: asyncio.Future[None] | None = None
-        self.on_status: Callable[[str, Message], None] | None = None
-        """Called with each ``status`` that belongs to no cell of the Feed, e.g. ``starting``."""
+        self.on_disconnected: Callable[[Kernel], None] | None = None
+        """Called when the kernel's process has let go of its control socket: it ended, or somebody restarted it."""
+        self._monitor: tuple[zmq.Socket[bytes], int] | None = None
 
     # -- life ------------------------------------------------------------------------------
 
@@ -136,13 +138,14 @@ class Kernel:
                 self._open("shell", zmq.DEALER, self._on_shell)
                 self._open("control", zmq.DEALER, self._on_control)
             async with asyncio.timeout(timeout):
-                reply = await self.request("shell", "kernel_info_request")
+                # On control: its thread answers while a cell runs, so that a busy kernel can be taken over.
+                reply = await self.request("control", "kernel_info_request")
                 # ipykernel >= 7 welcomes a subscriber (JEP 65); an older kernel's busy/idle for the request proves it as well.
                 while not self._welcome.done():
                     with suppress(TimeoutError):
                         await asyncio.wait_for(asyncio.shield(self._welcome), 0.25)
                     if not self._welcome.done():
-                        await self.request("shell", "kernel_info_request")
+                        await self.request("control", "kernel_info_request")
         except BaseException as exc:
             self.close()
             if isinstance(exc, TimeoutError):
@@ -152,6 +155,11 @@ class Kernel:
 
     def close(self) -> None:
         """Close the channels; the kernel itself is not touched."""
+        self.on_disconnected = None
+        if self._monitor is not None:
+            asyncio.get_running_loop().remove_reader(self._monitor[1])
+            self._monitor[0].close(linger=0)
+            self._monitor = None
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
@@ -176,11 +184,32 @@ class Kernel:
             if server_key is not None:
                 socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
                 socket.curve_serverkey = server_key.encode() if isinstance(server_key, str) else server_key
+            if name == "control":
+                self._watch(socket)
             socket.connect(self._address(name))
         except BaseException:
             socket.close(linger=0)
             raise
         self._channels[name] = Channel(socket, self._wire, deliver)
+
+    def _watch(self, socket: zmq.Socket[bytes]) -> None:
+        """Have zmq tell when the connection is lost."""
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        descriptor = cast(int, monitor.getsockopt(zmq.FD))
+        self._monitor = (monitor, descriptor)
+        asyncio.get_running_loop().add_reader(descriptor, self._lost)
+        asyncio.get_running_loop().call_soon(self._lost)  # the descriptor tells of nothing before a first look
+
+    def _lost(self) -> None:
+        if self._monitor is None:
+            return
+        try:
+            while self._monitor is not None:
+                self._monitor[0].recv_multipart(zmq.NOBLOCK)
+                if self.on_disconnected is not None:
+                    self.on_disconnected(self)
+        except zmq.ZMQError:
+            return
 
     def _address(self, name: str) -> str:
         try:
@@ -268,10 +297,6 @@ class Kernel:
         # Any message proves the subscription, the welcome or the busy of our own request alike.
         if self._welcome is not None and not self._welcome.done():
             self._welcome.set_result(None)
-        if message.get("msg_type") == "status" and self.on_status is not None:
-            state = message["content"].get("execution_state")
-            if state in ("starting", "restarting", "dead", "terminating"):
-                self.on_status(str(state), message)
         if self._feed is not None:
             self._feed.iopub(message)
 

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 INTERRUPT_EVERY_S = 1.0
 """An interrupt that was lost (a cell between two statements of a finally block) is repeated so often during the grace."""
 
+REJOIN_S = 1.0
+"""One attempt to reach a kernel that somebody else restarted."""
+
 
 class Provisioner(Protocol):
     """What the lifecycle needs of ``provisioning.docker.DockerProvisioner`` and its kin."""
@@ -101,7 +104,6 @@ class Lifecycle:
 
     async def _connect(self, info: dict[str, Any], *, fresh: bool) -> None:
         kernel = Kernel(info, client_session=self._client_session)
-        kernel.on_status = self._status
         dead = asyncio.ensure_future(self.provisioner.wait_dead())
         answer = asyncio.ensure_future(kernel.connect(self._feed, timeout=self._settings.start_timeout_s))
         try:
@@ -120,6 +122,7 @@ class Lifecycle:
                 await self.provisioner.remove()
             raise
         self.kernel, self.connection_info = kernel, info
+        kernel.on_disconnected = self._lost
         self._mourner = asyncio.create_task(self._mourn(dead), name=f"mourner {self._session_id}")
         await self._on_launched(fresh)
         self._failure = None
@@ -158,6 +161,10 @@ class Lifecycle:
         return self.kernel
 
     async def revive(self) -> None:
+        if self.kernel is not None:
+            # Somebody else restarts it: the fresh one is awaited, and only without one a container is made.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ready.wait(), self._settings.start_timeout_s)
         async with self._changing:
             if self._ready.is_set():
                 return
@@ -272,5 +279,35 @@ class Lifecycle:
                 with suppress(EngineError, KernelStartError):
                     await self._relaunch(lost)
 
-    def _status(self, state: str, message: dict[str, Any]) -> None:
-        log.debug("session %s: kernel says %s", self._session_id, state)
+    # -- restarted by somebody else --------------------------------------------------------
+
+    def _lost(self, kernel: Kernel) -> None:
+        """The kernel let go of its sockets: it died (then its container is about to), or Lab's Restart button was pressed."""
+        if kernel is self.kernel and not self._changing.locked() and not self._closed:
+            self.spawn(self._rejoin(kernel))
+
+    async def _rejoin(self, lost_kernel: Kernel) -> None:
+        lost = await self._known_names()
+        self._ready.clear()
+        deadline = asyncio.get_running_loop().time() + self._settings.start_timeout_s
+        fresh: Kernel | None = None
+        while fresh is None and self.kernel is lost_kernel and asyncio.get_running_loop().time() < deadline:
+            kernel = Kernel(self.connection_info, client_session=self._client_session)
+            try:
+                await kernel.connect(self._feed, timeout=REJOIN_S)
+                fresh = kernel
+            except SandboxError:
+                await asyncio.sleep(0.02)  # until the fresh kernel's sockets are there, or the mourner has the kernel
+        async with self._changing:
+            if self.kernel is not lost_kernel or fresh is None:
+                if fresh is not None:
+                    fresh.close()
+                return
+            for cell in self._feed.cells.values():
+                self._ledger.notes[cell.msg_id] = {"state_preserved": False, "lost_names": lost}
+            lost_kernel.close()
+            self._feed.abandon_all("interrupted")
+            self.kernel = fresh
+            fresh.on_disconnected = self._lost
+            self._ledger.append("kernel_restarted", reason="by another client", lost_names=lost)
+            self._ready.set()
