@@ -9,10 +9,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import docker
 from jupyter_client.asynchronous.client import AsyncKernelClient
 
 from sandbox_kernel.provisioning.container import ContainerSpec
 from sandbox_kernel.provisioning.docker import DockerProvisioner
+from sandbox_kernel.provisioning.runtime import RuntimeDirectory
 from sandbox_kernel.settings import Settings
 
 
@@ -67,3 +69,11 @@ async def kernel(wanted: ContainerSpec) -> AsyncIterator[tuple[DockerProvisioner
             yield host, client
     finally:
         await host.remove()
+
+
+def everything_gone(client: docker.DockerClient, wanted: ContainerSpec) -> None:
+    """No container, runtime directory or connection file of this kernel."""
+    assert client.containers.list(all=True, filters={"label": f"sandbox-kernel.kernel={wanted.kernel_id}"}) == []
+    runtime = RuntimeDirectory(wanted.kernel_id)
+    assert not runtime.path.exists()
+    assert not runtime.connection_file.exists()

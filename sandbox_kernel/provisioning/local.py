@@ -28,6 +28,9 @@ from sandbox_kernel.provisioning.runtime import BOOT, SECRETS, RuntimeDirectory
 PROVISIONER = "sandbox-local"
 """Name of the entry point in ``jupyter_client.kernel_provisioners``."""
 
+_UNKNOWN = 255
+"""Exit code of a process that ended as somebody else's child: the engine of processes tells it to its parent only."""
+
 _STOP_S = 5.0
 """How long a supervisor may take to end its kernel before it is killed itself."""
 
@@ -184,16 +187,21 @@ class LocalHostProvisioner(SessionProvisioner):
             os.close(descriptor)
 
     async def poll(self) -> int | None:
-        """None while the kernel runs, else its exit code (128 + signal; -1 where it is not known)."""
+        """None while the kernel runs, else its exit code (128 + signal; 255 where it is not known)."""
         if self.pid is None:
             return 0
         if self._exit_code is None:
-            if self._process is not None:
-                code = self._process.poll()
-                self._exit_code = code if code is None or code >= 0 else 128 - code
-            elif process_identity(self.pid) != self._identity:
-                self._exit_code = -1
+            code = self._process.poll() if self._process is not None else self._poll_attached(self.pid)
+            self._exit_code = code if code is None or code >= 0 else 128 - code
         return self._exit_code
+
+    def _poll_attached(self, pid: int) -> int | None:
+        """As Popen.poll; :data:`_UNKNOWN` for a process that ended as somebody else's child."""
+        try:
+            done, status = os.waitpid(pid, os.WNOHANG)  # attached in the process that launched it
+        except ChildProcessError:
+            return None if process_identity(pid) == self._identity else _UNKNOWN
+        return os.waitstatus_to_exitcode(status) if done else None
 
     async def wait_dead(self) -> KernelDeath:
         await self._until_ended()
@@ -205,7 +213,7 @@ class LocalHostProvisioner(SessionProvisioner):
         code = await self.poll()
         if code is None:
             return KernelDeath(cause="unknown", message="the kernel still runs")
-        if code < 0:
+        if code == _UNKNOWN:
             return KernelDeath(cause="unknown", message=(await self.logs(1)) or "the kernel's process has ended")
         return from_exit(code, oom=False, memory_limit=None)
 

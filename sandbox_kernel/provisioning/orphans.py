@@ -22,8 +22,10 @@ OWNER = "sandbox-kernel.owner"
 def process_identity(pid: int) -> str | None:
     """Boot id, pid and start time (clock ticks): together never used twice. None where there is no such process."""
     try:
-        started = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {pid} {started}"
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        if fields[0] == b"Z":
+            return None
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {pid} {fields[19].decode()}"
     except (OSError, IndexError):
         return None
 
