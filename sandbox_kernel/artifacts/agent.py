@@ -184,6 +184,10 @@ class Agent:
         header, _ = await self._ask(None, op="publish", token=token, path=path)
         return int(header.get("published", 0))
 
+    async def discard(self, token: str) -> None:
+        """Removes what was put under ``token``."""
+        await self._ask(None, op="discard", token=token)
+
     async def link(self, links: Sequence[tuple[str, str]]) -> None:
         """Symbolic links ``(path below /data, target)``, except where something stands."""
         payload = json.dumps(links).encode()

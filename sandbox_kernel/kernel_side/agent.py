@@ -18,6 +18,7 @@ line has ``size``. Requests are answered in order and may be sent ahead. A failu
 ``stat``              ``path`` → ``{"kind", "size_now", "mtime_ns"}``
 ``put``               ``token, name``, then frames (4 bytes length, bytes; 0 ends, 2**32-1 gives up)
 ``publish``           ``token, path`` → what was put stands at ``path`` below data, at once
+``discard``           ``token`` → what was put is removed
 ``link``              frames of a JSON list ``[[path, target]]`` → links below data
 ``selected``          → body: what was published
 ====================  ====================================================================================
@@ -28,7 +29,6 @@ can speak in its place, and the host believes no answer. Standard library only; 
 """
 
 # It starts in milliseconds beside the kernel: no pathlib, no contextlib.
-# ruff: noqa: PTH101, PTH103, PTH104, PTH106, PTH108, PTH112, PTH114, PTH116, PTH118, PTH120, PTH123, PTH208, PTH211
 # ruff: noqa: SIM105
 
 import errno
@@ -163,6 +163,8 @@ class Agent:
         source = os.path.join(self.staging(), token)
         target = below(self.roots["data"], path)
         size = 0
+        if not os.path.lexists(source):
+            os.mkdir(source)  # a folder without files
         if os.path.isdir(source):
             for folder, _, names in os.walk(source):
                 os.chmod(folder, 0o755)
@@ -176,6 +178,10 @@ class Agent:
         with open(os.path.join(folder, token), "w") as file:
             json.dump([path, size], file)
         say(published=size)
+
+    def do_discard(self, token):
+        remove_tree(os.path.join(self.staging(), token))
+        say(discarded=True)
 
     def do_selected(self):
         found = []
