@@ -6,8 +6,9 @@ Only typer is imported until a command runs: ``--help`` and shell completion ans
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,8 +78,13 @@ app.command("doctor")(machine.doctor)
 app.command("gc")(sessions.gc)
 
 
+def _warn(message: Warning | str, *_where: Any, **_more: Any) -> None:
+    print(f"sandbox-kernel: warning: {message}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and leave with its exit code. A :class:`SandboxError` becomes its message on stderr."""
+    warnings.showwarning = _warn
     try:
         app(args=None if argv is None else list(argv), prog_name="sandbox-kernel")
     except SandboxError as exc:

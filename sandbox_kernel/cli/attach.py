@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,8 +13,6 @@ from sandbox_kernel.cli.options import SessionId, SessionsRoot, make_settings
 from sandbox_kernel.errors import SessionHeld, SessionNotFound
 
 if TYPE_CHECKING:
-    from sandbox_kernel.lab import LabTarget
-    from sandbox_kernel.provisioning.attach import AttachProvisioner
     from sandbox_kernel.settings import Settings
 
 
@@ -74,21 +73,24 @@ def lab(
 
 
 async def _lab(settings: Settings, session_id: str, *, port: int, browser: bool, kernelspec: bool) -> None:
-    from sandbox_kernel.lab import LabServer, how_to_attach, write_kernelspec
+    from sandbox_kernel.cli.living import recorded_target, settings_of
+    from sandbox_kernel.lab import LabServer, LabTarget, how_to_attach, write_kernelspec
     from sandbox_kernel.manager import SessionManager
 
     async with AsyncExitStack() as stack:
-        manager = await stack.enter_async_context(SessionManager(settings))
+        manager = await stack.enter_async_context(SessionManager(await settings_of(settings, session_id)))
         # While Lab runs we hold the session, so that its cells are recorded; unless its holder does that.
         try:
             try:
-                await manager.get(session_id)
+                session = await manager.get(session_id)
             except SessionNotFound:
                 typer.echo(f"session {session_id!r} did not run; it is started", err=True)
-                await manager.start(session_id)
+                session = await manager.start(session_id)
+            folder = session.directory or Path(stack.enter_context(TemporaryDirectory(prefix="sandbox-notebooks-")))
+            target = LabTarget(session_id, session.connection_file, folder / "notebooks", session.container_id or "")
         except SessionHeld as exc:
-            typer.echo(f"{exc} It goes on writing the record.", err=True)
-        target = lab_target(settings, session_id)
+            typer.echo(f"{exc}; it goes on writing the record", err=True)
+            target = recorded_target(settings, session_id)
         if kernelspec:
             typer.echo(f"kernelspec: {write_kernelspec(target)}")
             return
@@ -96,33 +98,3 @@ async def _lab(settings: Settings, session_id: str, *, port: int, browser: bool,
         typer.echo(f"JupyterLab on session {session_id}: {server.url}\nCtrl-C ends it; the session lives on.\n")
         typer.echo(how_to_attach(target, url=server.url))
         await server.wait()
-
-
-def lab_target(settings: Settings, session_id: str) -> LabTarget:
-    """How other clients reach the kernel of a session that runs. Raises SessionNotFound."""
-    from sandbox_kernel.directory import SessionDirectory
-    from sandbox_kernel.lab import LabTarget
-    from sandbox_kernel.provisioning.runtime import RuntimeDirectory
-    from sandbox_kernel.snapshot import read_metadata
-
-    folder = SessionDirectory(settings.sessions_root, session_id).path
-    metadata: dict[str, Any] = read_metadata(folder)[0] or {}
-    kernel_id, container_id = metadata.get("kernel_id"), metadata.get("container_id")
-    if not isinstance(kernel_id, str) or metadata.get("stopped_at"):
-        raise SessionNotFound(f"session {session_id!r} does not run, or leaves no record in {settings.sessions_root}")
-    return LabTarget(
-        session_id=session_id,
-        connection_file=RuntimeDirectory(kernel_id).connection_file,
-        notebook_dir=folder / "notebooks",
-        container_id=str(container_id),
-    )
-
-
-def attachment(settings: Settings, session_id: str) -> AttachProvisioner:
-    """A client of a session's kernel that does not hold the session. Raises SessionNotFound, ConnectionFileError."""
-    from sandbox_kernel.provisioning.attach import AttachProvisioner, read_connection_file
-
-    target = lab_target(settings, session_id)
-    client = AttachProvisioner(connection_file=str(target.connection_file), container=target.container_id or "")
-    client.connection_info = read_connection_file(target.connection_file)
-    return client

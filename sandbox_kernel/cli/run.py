@@ -119,6 +119,10 @@ async def _run(
     from sandbox_kernel.events import Finished
     from sandbox_kernel.manager import SessionManager
 
+    if session_id is not None:
+        from sandbox_kernel.cli.living import settings_of
+
+        settings = await settings_of(settings, session_id)
     async with SessionManager(settings) as manager:
         session = await _open(manager, session_id, given)
         if as_json:

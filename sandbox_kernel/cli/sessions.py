@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sandbox_kernel.cli.options import AsJson, SessionId, SessionsRoot, SomeSessionIds, make_settings, print_json
-from sandbox_kernel.errors import SandboxError, SessionHeld, SessionNotFound
+from sandbox_kernel.errors import SandboxError, SessionHeld
 
 if TYPE_CHECKING:
     from sandbox_kernel.events import PythonState, SessionInfo
-    from sandbox_kernel.manager import SessionManager
-    from sandbox_kernel.session import Session
     from sandbox_kernel.settings import Settings
 
 
@@ -71,6 +66,7 @@ def state(session_id: SessionId, sessions_root: SessionsRoot = None, as_json: As
 
 
 async def _state(settings: Settings, session_id: str) -> PythonState:
+    from sandbox_kernel.cli.living import living
     from sandbox_kernel.directory import check_session_id
     from sandbox_kernel.snapshot import read_state
     from sandbox_kernel.workspace import parse_state
@@ -94,7 +90,7 @@ def interrupt(session_id: SessionId, sessions_root: SessionsRoot = None) -> None
 
 
 async def _interrupt(settings: Settings, session_id: str) -> None:
-    from sandbox_kernel.cli.attach import attachment
+    from sandbox_kernel.cli.living import attachment, living
 
     try:
         async with living(settings, session_id) as session:
@@ -113,7 +109,7 @@ def restart(session_id: SessionId, sessions_root: SessionsRoot = None) -> None:
 
 
 async def _restart(settings: Settings, session_id: str) -> None:
-    from sandbox_kernel.cli.attach import attachment
+    from sandbox_kernel.cli.living import attachment, living
 
     try:
         async with living(settings, session_id) as session:
@@ -149,16 +145,13 @@ def stop(
 
 async def _stop(settings: Settings, session_ids: list[str] | None) -> list[SandboxError]:
     """Stop those, or all that nobody holds; what went wrong."""
+    from sandbox_kernel.cli.living import settings_of
     from sandbox_kernel.manager import SessionManager
 
     failed: list[SandboxError] = []
-    async with SessionManager(settings) as manager:
-        found = await manager.list()
-    storages = {info.session_id: info.session_storage for info in found}
-    for session_id in session_ids or [info.session_id for info in found if info.status in ("detached", "dead")]:
-        storage = storages.get(session_id, settings.session_storage)
+    for session_id in session_ids or [i.session_id for i in await _list(settings) if i.status in ("detached", "dead")]:
         try:
-            async with SessionManager(_stored(settings, storage)) as manager:
+            async with SessionManager(await settings_of(settings, session_id)) as manager:
                 await manager.stop(session_id)
         except SandboxError as exc:
             failed.append(exc)
@@ -183,38 +176,3 @@ async def _gc(settings: Settings, everything: bool) -> list[str]:
 
     async with SessionManager(settings) as manager:
         return await manager.gc(all=everything)
-
-
-@asynccontextmanager
-async def living(settings: Settings, session_id: str) -> AsyncIterator[Session]:
-    """The living session of that id, in whatever storage it was started; left alive afterwards.
-
-    Raises SessionNotFound saying how to start it, SessionHeld.
-    """
-    from sandbox_kernel.manager import SessionManager
-
-    async with SessionManager(settings) as manager:
-        storage = await _storage(manager, session_id)
-    async with SessionManager(_stored(settings, storage)) as manager:
-        try:
-            session = await manager.get(session_id)
-        except SessionNotFound:
-            raise SessionNotFound(
-                f"no living session {session_id!r} in {settings.sessions_root}; "
-                f"start it: sandbox-kernel run --session {session_id}"
-            ) from None
-        yield session
-
-
-def _stored(settings: Settings, storage: str) -> Settings:
-    """The same settings with another storage: that of a session that is there already."""
-    from sandbox_kernel.settings import SessionStorage
-
-    return settings.model_copy(update={"session_storage": SessionStorage(storage)})
-
-
-async def _storage(manager: SessionManager, session_id: str) -> str:
-    root: Path = manager.settings.sessions_root
-    if (root / session_id / "session_metadata.json").exists():
-        return "BIND"
-    return next((i.session_storage for i in await manager.list() if i.session_id == session_id), "BIND")
