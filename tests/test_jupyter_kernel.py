@@ -19,6 +19,7 @@ import nbformat
 import pytest
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager, KernelManager
+from kernels import client_of, evaluate
 from nbformat.v4 import new_code_cell, new_notebook
 
 from sandbox_kernel.errors import SettingsError
@@ -64,6 +65,24 @@ def none_left(engine: docker.DockerClient) -> Iterator[None]:
     before = containers(engine)
     yield
     assert containers(engine) <= before
+
+
+async def test_of_the_environment_only_what_the_kernelspec_names_reaches_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WHO", "me")
+    manager = AsyncKernelManager(kernel_name="sandbox")
+    assert manager.kernel_spec is not None
+    manager.kernel_spec.env = {"GREETING": "hello ${WHO}"}
+    await manager.start_kernel(env={**os.environ, "SECRET_OF_THE_HOST": "1"})
+    try:
+        async with client_of(manager.get_connection_info()) as client:
+            code = (
+                "import os; print(os.environ['GREETING'], os.environ.get('SECRET_OF_THE_HOST'), os.environ.get('WHO'))"
+            )
+            assert await evaluate(client, code) == "hello me None None\n"
+    finally:
+        await manager.shutdown_kernel(now=True)
 
 
 def test_the_kernelspec(installed: Path) -> None:

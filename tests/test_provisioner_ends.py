@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from kernels import client_of, evaluate, everything_gone, kernel, provisioner, spec
 
 from sandbox_kernel.errors import ContainerConflict, EngineError, ImageNotFound, KernelStartError, SettingsError
-from sandbox_kernel.provisioning.container import ContainerSpec
+from sandbox_kernel.provisioning.container import ContainerSpec, Mount
 from sandbox_kernel.provisioning.runtime import runtime_base
 from sandbox_kernel.provisioning.watch import Watcher
 
@@ -68,6 +69,13 @@ async def test_a_death_from_outside_is_explained(tmp_path: Path, engine: docker.
         engine.api.remove_container(host.container_id, force=True)
         assert (await asyncio.wait_for(host.wait_dead(), 10)).cause == "removed"
         await host.kill()  # nobody to signal: done
+    async with kernel(spec(tmp_path)) as (host, _):
+        assert host.container_id is not None
+        engine.api.pause(host.container_id)
+        await host.wait_dead()
+        async with client_of(await host.restart_in_place()) as fresh:  # the engine wakes it for the signal
+            assert await evaluate(fresh, "print(1)") == "1\n"
+        engine.api.pause(host.container_id)  # and removes it paused
 
 
 @TRANSPORTS
@@ -145,6 +153,15 @@ async def test_a_failed_start_names_its_cause_and_leaves_nothing(
         await host.launch()
     everything_gone(engine, wanted)
     assert Watcher.shared().watches() == []
+
+
+async def test_a_missing_folder_is_named(tmp_path: Path, engine: docker.DockerClient) -> None:
+    wanted = dataclasses.replace(spec(tmp_path), mounts=(Mount(tmp_path / "nowhere", "/data"),))
+    with pytest.raises(EngineError, match=f"missing: {tmp_path}/nowhere"):
+        await provisioner(wanted).launch()
+    everything_gone(engine, wanted)
+    async with kernel(spec(tmp_path)) as (host, _):
+        assert host.transport == "ipc"  # it did not make us think that the engine is elsewhere
 
 
 async def test_an_image_without_python_is_named(tmp_path: Path, engine: docker.DockerClient, image: str) -> None:

@@ -14,6 +14,7 @@ import docker
 import docker.errors
 import pytest
 import requests
+from kernels import evaluate, kernel, spec
 
 from sandbox_kernel.errors import EngineError, EngineUnavailable, ImageNotFound, LimitExceeded
 from sandbox_kernel.provisioning.engine import Engine, translated
@@ -88,6 +89,69 @@ def test_no_engine_is_said_with_what_to_run(tmp_path: Path) -> None:
     assert "EngineUnavailable" in done.stderr
     assert "sandbox-kernel engine up" in done.stderr
     assert "nobody.sock" in done.stderr
+
+
+class Relay:
+    """A socket before the engine's, which can be cut."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_unix_server(self._serve, self.path)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        behind_reader, behind_writer = await asyncio.open_unix_connection("/var/run/docker.sock")
+        self._writers |= {writer, behind_writer}
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._pump(reader, behind_writer))
+                group.create_task(self._pump(behind_reader, writer))
+        finally:
+            for end in (writer, behind_writer):
+                end.close()
+                self._writers.discard(end)
+
+    @staticmethod
+    async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass
+        writer.close()
+
+    async def cut(self) -> None:
+        assert self._server is not None
+        self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+        await self._server.wait_closed()
+        self.path.unlink(missing_ok=True)
+
+
+async def test_a_death_while_the_engine_was_away_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: docker.DockerClient, image: str
+) -> None:
+    relay = Relay(tmp_path / "relay.sock")
+    await relay.open()
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{relay.path}")
+    monkeypatch.setattr(Engine, "_shared", None)
+    async with kernel(spec(tmp_path)) as (host, client):
+        waiting = asyncio.ensure_future(host.wait_dead())
+        await relay.cut()
+        with pytest.raises(EngineUnavailable):
+            await host.exec_stream(["true"])
+        assert await evaluate(client, "print(1)") == "1\n"  # the kernel does not need the engine
+        assert not waiting.done()
+        engine.api.kill(host.container_id)
+        await relay.open()
+        death = await asyncio.wait_for(waiting, 20)
+        assert (death.cause, death.signal) == ("signal", "SIGKILL")
+    await relay.cut()
 
 
 async def test_the_client_takes_many_calls_at_once(engine: docker.DockerClient) -> None:

@@ -12,7 +12,7 @@ import atexit
 import os
 import signal
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,6 +53,8 @@ class SessionProvisioner(KernelProvisionerBase):
     transport: str | None = None
     """``ipc`` or ``tcp`` once launched."""
 
+    _env: Mapping[str, str] = {}
+    """The kernelspec's ``env``, with its references to the host's variables replaced."""
     _runtime: RuntimeDirectory | None = None
     _keys: Keys | None = None
     _ports: tuple[int, ...] = ()
@@ -107,8 +109,7 @@ class SessionProvisioner(KernelProvisionerBase):
 
     def _require_spec(self) -> ContainerSpec:
         if self.spec is None:
-            env = self.kernel_spec.env if self.kernel_spec is not None else {}
-            self.spec = ContainerSpec(settings=Settings(**self.settings), kernel_id=self.kernel_id, env=env)
+            self.spec = ContainerSpec(settings=Settings(**self.settings), kernel_id=self.kernel_id, env=self._env)
         return self.spec
 
     def _require_runtime(self) -> RuntimeDirectory:
@@ -200,7 +201,10 @@ class SessionProvisioner(KernelProvisionerBase):
 
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
         """Before :meth:`launch_kernel`. Of the environment only what the kernelspec names reaches the kernel."""
-        return await super().pre_launch(cmd=list(COMMAND), **kwargs)
+        kwargs = await super().pre_launch(cmd=list(COMMAND), **kwargs)
+        if self.kernel_spec is not None:
+            self._env = {name: kwargs["env"][name] for name in self.kernel_spec.env}
+        return kwargs
 
     def _finalize_env(self, env: dict[str, str]) -> None:
         if self.kernel_spec is not None:

@@ -68,6 +68,11 @@ class ContainerSpec:
             return f"sandbox-kernel-{self.kernel_id[:13]}-{root_hash(self.root)}"
         return f"sandbox-kernel-{self.session_id}-{root_hash(self.root)}"
 
+    def sources(self) -> tuple[Path, ...]:
+        """Host paths that are mounted."""
+        folders = (self.artifacts, self.state)
+        return (*(mount.source for mount in self.mounts), *(folder for folder in folders if folder is not None))
+
     def all_labels(self) -> dict[str, str]:
         """``sandbox-kernel.*``: managed, kernel, version, session, root (6 hex), path (of the root), and ``labels``."""
         labels = {MANAGED: "1", _LABEL + "kernel": self.kernel_id, _LABEL + "version": _version()}

@@ -64,10 +64,16 @@ class DockerProvisioner(SessionProvisioner):
                 sweep_in_background(engine)
             try:
                 return await self._launch_over(engine, spec, self._choose_transport(spec.settings, engine))
-            except SourceMissing:
+            except SourceMissing as exc:
+                missing = [str(path) for path in spec.sources() if not path.exists()]
+                if missing:
+                    raise EngineError(f"a folder to be mounted is missing: {', '.join(missing)}") from exc
                 engine.shares_files = False
-                if spec.settings.transport == "ipc" or spec.artifacts is not None or spec.mounts:
-                    raise
+                if spec.settings.transport == "ipc" or spec.sources():
+                    raise SourceMissing(
+                        f"{exc}; use session_storage=TMPFS, transport='tcp' and data sets by API, "
+                        "or an engine on this machine"
+                    ) from exc
                 return await self._launch_over(engine, spec, "tcp")
         finally:
             watcher.close()
