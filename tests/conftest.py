@@ -91,10 +91,12 @@ def _managed(client: docker.DockerClient) -> list[dict[str, Any]]:
 
 
 def _of_this_run(entry: dict[str, Any], run_folder: Path) -> bool:
-    """Whether this run made it. Several runs may share a developer's engine; CI has one to itself."""
-    if os.environ.get("CI"):
-        return True
-    return Path(entry["Labels"].get("sandbox-kernel.path", "/")).is_relative_to(run_folder.resolve())
+    """Whether this run made it: other runs may share the engine.
+
+    A container without sessions root (a Jupyter program's) does not tell; in CI there is no other run.
+    """
+    root = entry["Labels"].get("sandbox-kernel.path")
+    return Path(root).is_relative_to(run_folder.resolve()) if root else bool(os.environ.get("CI"))
 
 
 @pytest.hookimpl(wrapper=True)
