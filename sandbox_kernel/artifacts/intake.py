@@ -15,7 +15,7 @@ import mimetypes
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sandbox_kernel.artifacts.blobs import BlobFolder, store_reason
@@ -107,13 +107,25 @@ def open_for_writing(fd: int) -> bool | None:
     return False
 
 
+def never() -> bool:
+    """Nothing is given up."""
+    return False
+
+
 def take(
-    blobs: BlobFolder, dir_fd: int, found: Found, *, ended: bool, force: bool = False, many: bool = False
+    blobs: BlobFolder,
+    dir_fd: int,
+    found: Found,
+    *,
+    ended: bool,
+    force: bool = False,
+    many: bool = False,
+    give_up: Callable[[], bool] = never,
 ) -> Taken | Refusal | None:
     """The bytes of ``found``; a Refusal (a full store too); or None: gone, still open, or changing, so not now.
 
     ``ended``: its cell has ended, so it may be adopted. ``force``: nobody is left who could close it.
-    ``many``: one of very many, so that quickness counts.
+    ``many``: one of very many, so that quickness counts. While ``give_up()``, nothing is copied.
     """
     identity = file_identity(found.status)
     try:
@@ -135,7 +147,7 @@ def take(
             taken = _adopt(blobs, fd, found.path, status)
             if taken is not None:
                 return taken
-        return _copy(blobs, fd, found.path, status, force=force)
+        return _copy(blobs, fd, found.path, status, force=force, give_up=give_up)
     except OSError as exc:
         return Refusal(found.path, store_reason(exc), found.status.st_size, identity)
     finally:
@@ -221,14 +233,16 @@ def _finish(blobs: BlobFolder, fd: int, path: str, status: os.stat_result) -> Ta
     return Taken(path, sha256, status.st_size, type_of(path, head), file_identity(status), None)
 
 
-def _copy(blobs: BlobFolder, fd: int, path: str, status: os.stat_result, *, force: bool) -> Taken | None:
-    """None when the file changed while it was read."""
+def _copy(
+    blobs: BlobFolder, fd: int, path: str, status: os.stat_result, *, force: bool, give_up: Callable[[], bool]
+) -> Taken | None:
+    """None when the file changed while it was read, or was given up."""
     digest, head, left, name, out = hashlib.sha256(), b"", status.st_size, "", -1
     kept = False
     try:
         while left > 0:
             data = os.read(fd, min(CHUNK, left))
-            if not data:
+            if not data or give_up():
                 return None
             left -= len(data)
             head = head or data[:512]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from sandbox_kernel.artifacts.intake import never
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.artifacts.watch import FolderWatch
 from sandbox_kernel.directory import SessionDirectory
@@ -33,9 +34,12 @@ from sandbox_kernel.untrusted import (
 
 QUIET_S = 0.5
 """A file is taken while its cell runs when it was not closed again for so long; twice as long per further version."""
+QUIET_MANY_S = 2.0
+"""The same for a file that is one of very many: taking them at the cell's end costs less, if that comes soon."""
 MAX_QUIET_S = 60.0
 NEXT_CELL_S = 0.25
 """How late the host may learn that the next cell has started."""
+_MANY = 200
 _MAX_DIRTY = 10_000
 _BATCH_FILES = 1000
 _BATCH_BYTES = 512 * 2**20
@@ -89,6 +93,8 @@ class Observer:
         self._versions: dict[str, int] = {}
         self._told: set[int] = set()
         self._dirty: dict[bytes, float] = {}
+        self._sweeps = 0
+        """Sweeps that wait for the lock."""
         self._looked = 0.0
         self._look = False
         """A whole scan is due: a new folder, or lost events."""
@@ -170,13 +176,16 @@ class Observer:
     def _file_closed(self, path: bytes) -> None:
         if len(self._dirty) < _MAX_DIRTY:
             self._dirty[path] = time.monotonic()
+            # Only the first one matters to the task: it sleeps until the oldest is due.
+            if len(self._dirty) == 1:
+                self._rouse()
         else:
-            self._look = True
-        self._rouse()
+            self._folder_made()
 
     def _folder_made(self) -> None:
-        self._look = True
-        self._rouse()
+        if not self._look:
+            self._look = True
+            self._rouse()
 
     def _rouse(self) -> None:
         if not self._woken:
@@ -212,7 +221,7 @@ class Observer:
         times = [closed + self._quiet(path) for path, closed in list(self._dirty.items())]
         if self._look:
             times.append(self._looked + QUIET_S)  # folder after folder must not mean scan after scan
-        timeout = min(times) - time.monotonic() if times else None
+        timeout = max(min(times) - time.monotonic(), 0.05 if self._dirty else 0) if times else None
         if timeout is None or timeout > 0:
             try:
                 async with asyncio.timeout(timeout):
@@ -223,7 +232,8 @@ class Observer:
         self._woken = False
 
     def _quiet(self, path: bytes) -> float:
-        return float(min(MAX_QUIET_S, QUIET_S * 2 ** min(self._versions.get(printable(path), 0), 10)))
+        quiet = QUIET_S if len(self._dirty) < _MANY else QUIET_MANY_S
+        return min(MAX_QUIET_S, quiet * float(2 ** min(self._versions.get(printable(path), 0), 10)))
 
     # -- in a thread, under the lock -------------------------------------------------------
 
@@ -246,11 +256,15 @@ class Observer:
             elif reason != "a folder":
                 refused.append(Refusal(printable(path), reason, status.st_size, file_identity(status)))
         for batch in _batches(found):
-            refused += self._ingest(batch, cell, ended=ended)
+            if self._sweeps:
+                break
+            refused += self._ingest(batch, cell, ended=ended, give_up=lambda: self._sweeps > 0)
         self._tell(refused)
 
     async def _sweep(self, cell: _Cell, *, force: bool = False) -> list[Artifact]:
+        self._sweeps += 1  # what is being taken early gives way: the sweep takes it, and more quickly
         async with self._lock:
+            self._sweeps -= 1
             following = self._cell if self._running and cell is not self._cell else None
             before = time.monotonic()
             self._look = False
@@ -286,7 +300,14 @@ class Observer:
         self._tell(refused, all_of_them=True)
 
     def _ingest(
-        self, batch: list[Found], cell: _Cell, *, ended: bool, force: bool = False, made: list[Artifact] | None = None
+        self,
+        batch: list[Found],
+        cell: _Cell,
+        *,
+        ended: bool,
+        force: bool = False,
+        made: list[Artifact] | None = None,
+        give_up: Callable[[], bool] = never,
     ) -> list[Refusal]:
         def committed(artifacts: list[Artifact]) -> None:
             if made is not None:
@@ -299,6 +320,7 @@ class Observer:
             batch,
             ended=ended,
             force=force,
+            give_up=give_up,
             execution_count=cell.execution_count,
             msg_id=cell.msg_id,
             on_committed=committed,

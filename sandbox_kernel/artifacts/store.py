@@ -23,13 +23,13 @@ from typing import BinaryIO, Literal
 from sandbox_kernel.artifacts.blobs import BlobFolder, store_reason
 from sandbox_kernel.artifacts.catalog import Catalog, Latest, Row, salvage, set_aside
 from sandbox_kernel.artifacts.checking import Problem, check_store, logged_artifacts
-from sandbox_kernel.artifacts.intake import CHUNK, Taken, take, type_of, write_all
+from sandbox_kernel.artifacts.intake import CHUNK, Taken, never, take, type_of, write_all
 from sandbox_kernel.errors import ArtifactError, ArtifactNotFound, ArtifactRefused
 from sandbox_kernel.events import Artifact, utc_now
 from sandbox_kernel.untrusted import Found, Refusal, file_identity, remove_untrusted
 
-MANY = 200
-"""Files in one batch above which small ones too are adopted instead of copied."""
+MANY = 16
+"""Files in one batch above which small ones too are adopted instead of copied: freeing a copied file's blocks is slow."""
 
 Kind = Literal["file", "output", "export"]
 Artifacts = list[Artifact]
@@ -241,6 +241,7 @@ class ArtifactStore:
         *,
         ended: bool,
         force: bool = False,
+        give_up: Callable[[], bool] = never,
         execution_count: int | None = None,
         msg_id: str | None = None,
         on_committed: Callable[[Artifacts], None] | None = None,
@@ -248,10 +249,12 @@ class ArtifactStore:
         """Take files below the hostile folder ``dir_fd`` as artifacts: one transaction for all of them.
 
         ``ended``: the cell that wrote them has ended, so what is recorded is removed; ``force``: so has the kernel, so
-        nothing is still open. ``on_committed`` is called before the files are removed. A store without room refuses.
+        nothing is still open. While ``give_up()``, copying stops: what is not finished waits. ``on_committed`` is
+        called before the files are removed. A store without room refuses.
         """
         result = Ingested()
         fresh: list[Taken] = []
+        wanted: list[Found] = []
         touched: dict[str, str] = {}
         remove: list[tuple[str, tuple[int, ...]]] = []
         left = self.max_session_bytes - self.catalog.usage(session_id)
@@ -266,14 +269,18 @@ class ArtifactStore:
             if reason is not None:
                 result.refused.append(Refusal(item.path, reason, item.status.st_size, identity))
                 continue
-            taken = take(self.blobs, dir_fd, item, ended=ended, force=force, many=len(found) > MANY)
+            left -= item.status.st_size
+            wanted.append(item)
+        many = len(wanted) > MANY
+        for item in wanted:
+            taken = take(self.blobs, dir_fd, item, ended=ended, force=force, many=many, give_up=give_up)
             if taken is None:
                 result.waiting.append(item.path)
             elif isinstance(taken, Refusal):
                 result.refused.append(taken)
             else:
-                left -= taken.size_bytes
                 fresh.append(taken)
+                before = known.get(item.path)
                 if before is not None and _touched(before, taken):
                     touched[item.path] = before[0]
         try:
