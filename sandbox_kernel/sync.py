@@ -45,6 +45,8 @@ Infos = list[SessionInfo]
 Lines = list[str]
 # `list` inside SessionManager is its method.
 
+_CLOSED = "the SessionManager is closed; a new one takes up what still runs"
+
 
 class _Loop:
     """An event loop in a thread of its own, and calls into it."""
@@ -58,7 +60,7 @@ class _Loop:
     def call(self, work: Callable[[], Awaitable[T]]) -> T:
         """Await ``work()`` over there and give what it gives. Ctrl-C cancels it and waits until it has ended."""
         if self._portal is None:
-            raise SessionClosed("its SessionManager is closed; a new one takes up what still runs")
+            raise SessionClosed(_CLOSED)
         task: asyncio.Task[Any] | None = None
 
         async def run() -> T:
@@ -75,6 +77,8 @@ class _Loop:
         future = self._portal.start_task_soon(run)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise SessionClosed(_CLOSED) from None
         except KeyboardInterrupt:
             if not future.done():
                 self._portal.call(cancel)
@@ -90,8 +94,11 @@ class _Loop:
                 self.call(work)
 
     def close(self) -> None:
-        self._portal = None
-        self._stack.close()
+        """End the thread. Calls of other threads that still wait raise SessionClosed."""
+        portal, self._portal = self._portal, None
+        if portal is not None:
+            with self._stack:
+                portal.call(portal.stop, True)
 
 
 class Session:
@@ -226,7 +233,7 @@ class SessionManager:
         """The loop, begun when it is first needed."""
         with self._changing:
             if self._closed:
-                raise SessionClosed("this SessionManager is closed; a new one takes up what still runs")
+                raise SessionClosed(_CLOSED)
             if self._loop is None:
                 loop = _Loop()
                 try:
