@@ -139,8 +139,8 @@ async def _wire(
                 host.exec_stream,
                 opening.store,
                 opening.session_id,
-                on_created=lambda artifact: ledger.created([artifact]),
-                on_refused=lambda path, reason: ledger.append("artifact_refused", path=path, reason=reason),
+                on_created=ledger.created,
+                on_refused=ledger.refused,
             )
         )
         workspace = TmpfsWorkspace(spool)

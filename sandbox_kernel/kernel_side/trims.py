@@ -5,8 +5,12 @@ idle to stock ipykernel 7.4 over ipc), looks exactly for what it changes, and le
 the container's log where ipykernel or IPython have moved.
 """
 
+import codecs
 import contextlib
+import os
+import select
 import sys
+import threading
 import zlib
 from typing import Any, Callable, Dict, Iterator, Tuple
 
@@ -40,12 +44,59 @@ def __getattr__(name: str) -> Any:
     from ipykernel.iostream import OutStream
 
     class QuietStream(OutStream):  # type: ignore[misc, unused-ignore]
-        """A stream whose ``flush()`` returns at once when nothing is buffered, saving two hops to the iopub thread."""
+        """ipykernel's stream with three differences.
+
+        ``flush()`` returns at once when nothing is buffered, saving two hops to the iopub thread; what a child process
+        or C code wrote to the descriptor before is flushed too, so that it is this cell's and not an afterthought; and
+        a lone surrogate, which no message can carry, is printed as its escape instead of losing the whole message.
+        """
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._pipe_lock = threading.Lock()
+            self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+            super().__init__(*args, **kwargs)
 
         def flush(self) -> None:
+            fid = getattr(self, "_fid", None)
+            if fid is not None and getattr(self, "_should_watch", False):
+                with self._pipe_lock:
+                    self._take(fid)
+                    rest = self._decode(b"", True)
+                    if rest:
+                        super().write(rest)
             if self.echo is None and getattr(self, "_buffers", True) == {}:
                 return
             super().flush()
+
+        def write(self, string: str) -> Any:
+            if isinstance(string, str) and not string.isascii():
+                string = string.encode("utf-8", "backslashreplace").decode("utf-8")
+            return super().write(string)
+
+        def _take(self, fid: int) -> None:
+            """What is in the pipe now; the lock is held, so that flush and the watching thread keep the order."""
+            while True:
+                try:
+                    data = os.read(fid, 65536)
+                except BlockingIOError:
+                    return
+                if not data:
+                    return
+                super().write(self._decode(data))
+                os.write(self._original_stdstream_copy, data)
+
+        def _watch_pipe_fd(self) -> None:
+            fid = self._fid
+            if fid is None:
+                return
+            os.set_blocking(fid, False)
+            try:
+                while self._should_watch:
+                    select.select([fid], [], [])
+                    with self._pipe_lock:
+                        self._take(fid)
+            except Exception:
+                self._exc = sys.exc_info()
 
     globals()["QuietStream"] = QuietStream
     return QuietStream
