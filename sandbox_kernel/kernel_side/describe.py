@@ -14,6 +14,7 @@ import re
 import sys
 import types
 import uuid
+from functools import lru_cache
 from itertools import islice
 from pathlib import PosixPath
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Set, Tuple
@@ -43,6 +44,7 @@ _SECRET |= {"credentials", "creds", "apikey", "auth", "authorization", "bearer"}
 _KEY_OF = {"api", "access", "private", "secret", "signing", "encryption", "auth", "account", "master", "ssh"}
 
 
+@lru_cache(maxsize=4096)
 def looks_secret(name: str) -> bool:
     """True for names like ``API_KEY``, ``dbPassword``, ``hf_token``; not for ``author`` or ``tokens``."""
     words = [word.lower() for word in _WORDS.findall(name[:SMALL])]
@@ -80,7 +82,7 @@ class Describer:
         self.margin = max([len(text) for text in self.secrets], default=0)
         self.mask = mask
         # By id, as looking up a class in a dictionary by itself would call its metaclass's __hash__.
-        self._known: Dict[int, Tuple[type, Callable[[Any], Description]]] = {}
+        self.known: Dict[int, Tuple[type, Callable[[Any], Description]]] = {}
         self._inline: Set[int] = set()  # shown inside containers as they are shown alone
         self._shaped: Set[int] = set()  # shown inside containers by their shape
         self._register_builtins()
@@ -98,14 +100,12 @@ class Describer:
         """``{"type", "value", ...}`` of the variable ``name``; never raises."""
         cls = type(value)
         try:
-            known = self._known.get(id(cls))
+            known = self.known.get(id(cls))
             found = known[1](value) if known is not None else self._unknown(value)
         except Exception:
             found = {"value": f"<{class_name(cls)} object>"}
-        text = self.hide(found.pop("value"))[:LIMIT]
-        if self.mask and looks_secret(name):
-            text = "***"
-        return {"type": clean(str(_name(cls))[:SMALL]), "value": clean(text), **found}
+        text = "***" if self.mask and looks_secret(name) else self.hide(found["value"])[:LIMIT]
+        return {"type": clean(str(_name(cls))[:SMALL]), **found, "value": clean(text)}
 
     def learn(self) -> None:
         """Take in the types of libraries that have been imported since."""
@@ -146,7 +146,7 @@ class Describer:
             return repr(value[:limit]) + ("..." if len(value) > limit else "")
         if id(cls) in _CONTAINERS:
             return self._container(value, limit, depth)
-        known = self._known.get(id(cls))
+        known = self.known.get(id(cls))
         if known is not None and id(cls) in self._inline:
             return str(known[1](value)["value"])
         of_shape = f" of shape {tuple(value.shape)}" if known is not None and id(cls) in self._shaped else ""
@@ -157,7 +157,7 @@ class Describer:
         _, left, right = _CONTAINERS[id(cls)]
         if depth <= 0:
             return f"{left}...{right}"
-        if cls is list and len(value) <= ITEMS and _all_numbers(value):
+        if (cls is list or cls is tuple) and len(value) <= ITEMS and _all_plain(value):
             return repr(value)
         parts: List[str] = []
         room = limit
@@ -211,7 +211,7 @@ class Describer:
         self, describe: Callable[[Any], Description], classes: Iterable[Any], kind: Optional[Set[int]] = None
     ) -> None:
         for cls in classes:
-            self._known[id(cls)] = (cls, describe)  # holding the class, its id stays its own
+            self.known[id(cls)] = (cls, describe)  # holding the class, its id stays its own
             if kind is not None:
                 kind.add(id(cls))
 
@@ -350,14 +350,23 @@ _CONTAINERS: Dict[int, Tuple[type, str, str]] = {
     ]
 }
 _SIZED = (list, tuple, dict, set, frozenset, str, bytes, bytearray)
-_NUMBERS = frozenset(map(id, (int, float, bool, type(None))))
+_CONSTANTS = frozenset(map(id, (float, bool, type(None))))
 _LONG = 1 << 64
 
 
-def _all_numbers(items: List[Any]) -> bool:
-    """True when ``repr`` of the list is quick and short: no foreign types, no giant integers."""
-    kinds = set(map(id, map(type, items)))
-    return kinds <= _NUMBERS and (id(int) not in kinds or all(item is None or -_LONG < item < _LONG for item in items))
+def _all_plain(items: Iterable[Any]) -> bool:
+    """True when ``repr`` of the whole is quick and short: no foreign types, no giant integers, no long texts."""
+    for item in items:
+        cls = type(item)
+        if cls is int:
+            if not -_LONG < item < _LONG:
+                return False
+        elif cls is str:
+            if len(item) > 50:
+                return False
+        elif id(cls) not in _CONSTANTS:
+            return False
+    return True
 
 
 def _function(value: types.FunctionType) -> Description:

@@ -24,7 +24,7 @@ import threading
 import time
 import types
 from contextvars import ContextVar
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 from .cells import Cell, Journal, now, replace
 from .describe import SMALL, Describer, clean, is_kind
@@ -39,14 +39,15 @@ DELAY_S = 0.002
 """From a request's end to the first slice: by then the thread that sends the idle message has had the GIL."""
 SLICE_S = 0.0005
 LAG_S = 1.0
-STEP = 30
-"""Variables between two looks at the clock and at the shell socket."""
+STEP = 10
+"""Variables between two looks at the clock and at the sockets requests come by."""
 
 _IPYTHON = re.compile(r"_(\d+|_{0,2}|i{1,3}|i\d+|[iod]h|exit_code)|__\w+__")
 """Names that IPython and Python keep in the namespace themselves."""
 _IMMUTABLE = frozenset(map(id, (type(None), bool, int, float, complex, str, bytes)))
 _log: int = 2
 _said: Set[str] = set()
+_quote: Callable[[str], str] = json.encoder.encode_basestring_ascii
 _cell: "ContextVar[Optional[Cell]]" = ContextVar("sandbox_kernel_cell", default=None)
 
 
@@ -77,7 +78,7 @@ class Hook:
         self.last: Dict[str, Any] = {"execution_count": 0, "msg_id": None}
         self.ended: List[Tuple[str, Optional[int]]] = []
         self.cache: Dict[str, Tuple[Any, str]] = {}
-        self.poll = self._shell_poll()
+        self.poll: Any = None
 
     def install(self) -> None:
         """Wrap the kernel's methods, and leave an empty state file so that there is one from the beginning."""
@@ -164,17 +165,22 @@ class Hook:
 
     # --- between cells -------------------------------------------------------------------------
 
-    def _shell_poll(self) -> Optional[Any]:
-        """A poll of the descriptor behind the shell socket. Its ``EVENTS`` are never read: that may eat the edge."""
+    def _request_poll(self) -> Any:
+        """A poll of the descriptors behind the sockets a request comes by. Their ``EVENTS`` may not be read: that can
+        eat the edge that ipykernel waits for.
+        """
+        poll = select.poll()
         try:
             import zmq
 
-            poll = select.poll()
             poll.register(self.kernel.shell_stream.socket.getsockopt(zmq.FD), select.POLLIN)
-            return poll
+            thread = getattr(self.kernel, "shell_channel_thread", None)
+            if thread is not None:  # ipykernel 7: it reads the shell socket, and hands on to the main thread
+                pair = thread.manager.get_shell_channel_to_subshell_pair(None)
+                poll.register(pair.to_socket.getsockopt(zmq.FD), select.POLLIN)
         except Exception as exc:
             say(f"cannot see requests arrive ({type(exc).__name__}: {exc}); giving way between slices only")
-            return None
+        return poll
 
     def _arm(self, delay: float) -> None:
         if self.lagging_since is None or self.busy or self.loop is None:
@@ -189,13 +195,13 @@ class Hook:
         overdue = time.monotonic() - self.lagging_since > LAG_S
         until = time.perf_counter() + SLICE_S
         try:
+            self.poll = self.poll or self._request_poll()
             if self.slices is None:
                 self.slices = self._describe_all()
             for _ in self.slices:
                 if overdue:
                     continue
-                if self.poll is not None and self.poll.poll(0):
-                    self.slices = None
+                if self.poll.poll(0):
                     self._arm(DELAY_S)
                     return
                 if time.perf_counter() > until:
@@ -217,16 +223,19 @@ class Hook:
         names: List[str] = []
         modules: Dict[int, types.ModuleType] = {}
         history = getattr(self.shell, "history_manager", None)
-        caches = [getattr(history, "input_hist_parsed", None), getattr(history, "output_hist", None)]
+        caches = {"In": getattr(history, "input_hist_parsed", None), "Out": getattr(history, "output_hist", None)}
+        plain = self.describer.known
         for i, name in enumerate(list(namespace)):
-            if type(name) is str and not _IPYTHON.fullmatch(name):
+            if type(name) is str and not (name.startswith("_") and _IPYTHON.fullmatch(name)):
                 value = namespace.get(name)
-                if is_kind(type(value), types.ModuleType):
+                if id(type(value)) not in plain and is_kind(type(value), types.ModuleType):
                     if name not in hidden:
                         modules[id(value)] = value
-                elif not (name in hidden and hidden[name] is value) and not any(value is cache for cache in caches):
+                elif (name not in hidden or hidden[name] is not value) and (
+                    name not in caches or caches[name] is not value
+                ):
                     names.append(name)
-            if i % (8 * STEP) == 0:
+            if i % (20 * STEP) == 0:
                 yield
         fragments: List[str] = []
         cache: Dict[str, Tuple[Any, str]] = {}
@@ -237,15 +246,15 @@ class Hook:
             if cached is not None and cached[0] is value:
                 fragment = cached[1]
             else:
-                fragment = f"{json.dumps(clean(name[:SMALL]))}: {json.dumps(self.describer.describe(name, value))}"
+                fragment = _fragment(name, self.describer.describe(name, value))
             if id(type(value)) in _IMMUTABLE and len(fragment) <= 2 * SMALL:
                 cache[name] = (value, fragment)
             size += len(fragment)
             if size > MAX_BYTES - 100_000:
                 break
             fragments.append(fragment)
-            if i % STEP == STEP - 1:
-                yield
+            if i % STEP == STEP - 1 or "shape" in fragment:
+                yield  # after each few, and after each that may have taken a while
         del value
         self.cache = cache
         self._write(fragments, len(names), self.imports.names(modules))
@@ -263,6 +272,16 @@ class Hook:
             replace(self.path, text.encode("ascii"))
         except OSError as exc:
             say(f"cannot write {self.path}: {exc}")
+
+
+def _fragment(name: str, found: Dict[str, Any]) -> str:
+    """``"name": {...}``: by hand where it is but texts and a length, as ``json.dumps`` takes longer than describing."""
+    length = f', "length": {found["length"]}' if "length" in found else ""
+    if len(found) == 2 + bool(length):
+        inner = f'{{"type": {_quote(found["type"])}, "value": {_quote(found["value"])}{length}}}'
+    else:
+        inner = json.dumps(found)
+    return f"{_quote(clean(name[:SMALL]))}: {inner}"
 
 
 def _failed_at(result: Any, namespace: Dict[str, Any]) -> Optional[int]:
