@@ -134,7 +134,8 @@ class Catalog:
         """For each of ``paths`` the last version that was taken from a file of that path."""
         rows = self._all(
             # CROSS: one look-up for each path, whatever SQLite thinks of the sizes.
-            "SELECT a.path, max(a.version), a.id, a.sha256, a.source FROM json_each(?) AS wanted CROSS JOIN artifacts AS a"
+            "SELECT a.path, max(a.version), a.id, a.sha256, a.source"
+            " FROM json_each(?) AS wanted CROSS JOIN artifacts AS a"
             " WHERE a.session_id = ? AND a.path = wanted.value AND a.kind = 'file' GROUP BY a.path",
             (json.dumps(paths), session_id),
         )

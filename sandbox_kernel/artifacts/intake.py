@@ -134,6 +134,8 @@ def take(
         return None
     except (UntrustedPath, ArtifactRefused) as exc:
         return Refusal(found.path, str(exc), found.status.st_size, identity)
+    except OSError as exc:
+        return Refusal(found.path, store_reason(exc), found.status.st_size, identity)
     try:
         status = os.fstat(fd)
         if status.st_size > found.status.st_size:
@@ -184,7 +186,7 @@ def _adopt(blobs: BlobFolder, fd: int, path: str, status: os.stat_result) -> Tak
     finally:
         if not kept:
             blobs.drop(name)  # gives it back to its owner, too
-    return Taken(path, sha256, status.st_size, type_of(path, head), file_identity(os.fstat(fd)), name, True)
+    return Taken(path, sha256, status.st_size, type_of(path, head), file_identity(now), name, True)
 
 
 def _hash(fd: int, size: int) -> tuple[str, bytes]:
