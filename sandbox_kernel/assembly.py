@@ -133,6 +133,7 @@ async def _wire(
     )
     await stack.enter_async_context(datasets)
     host = kernel_host(replace(spec, mounts=datasets.mounts(), tmpfs=datasets.tmpfs(), secrets=opening.secrets))
+    spool: RemoteSpool | None = None
     if workspace is None:
         spool = await stack.enter_async_context(
             RemoteSpool(
@@ -165,7 +166,7 @@ async def _wire(
         ledger,
         client_session=client_session,
         known_names=partial(_known_names, workspace),
-        on_launched=partial(_launched, opening, recorder, host, client_session),
+        on_launched=partial(_launched, opening, recorder, host, client_session, datasets, spool),
     )
     session.wire(
         recorder=recorder,
@@ -203,9 +204,18 @@ async def _known_names(workspace: Workspace) -> list[str]:
 
 
 async def _launched(
-    opening: Opening, recorder: Recorder | NoRecorder, host: KernelHost, client_session: str, fresh: bool
+    opening: Opening,
+    recorder: Recorder | NoRecorder,
+    host: KernelHost,
+    client_session: str,
+    datasets: Datasets,
+    spool: RemoteSpool | None,
+    fresh: bool,
 ) -> None:
-    """Metadata of the kernel that has just answered."""
+    """A kernel has just answered: its metadata, and what the container's own files need."""
+    await datasets.launched(fresh)
+    if spool is not None:
+        spool.launched()
     settings, now = opening.settings, timestamp()
     fields: dict[str, Any] = {
         "session_id": opening.session_id,

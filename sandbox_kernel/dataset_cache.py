@@ -161,8 +161,8 @@ class DatasetCache:
         for folder in (self.root, self.root / ".locks", self.root / ".tmp"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock, temporary = self.root / ".locks" / name, self.root / ".tmp" / name
-        while (descriptor := _try_lock(lock)) is None:
-            await asyncio.sleep(0.05)  # noqa: ASYNC110 - other processes hold it, too, and flock cannot be awaited
+        while (descriptor := _try_lock(lock)) is None:  # noqa: ASYNC110 - other processes hold it; flock cannot be awaited
+            await asyncio.sleep(0.05)
         try:
             await asyncio.to_thread(remove_tree, temporary)  # of a process that died
             yield temporary

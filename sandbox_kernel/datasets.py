@@ -23,7 +23,7 @@ from typing import Any, Protocol, Self
 from sandbox_kernel.artifacts.agent import ByteStream
 from sandbox_kernel.dataset_cache import DatasetCache, FetchDataset, check_dataset_id
 from sandbox_kernel.dataset_stage import ContainerStage, HostStage, Stage
-from sandbox_kernel.errors import DatasetNotFound, DatasetRefused, SettingsError
+from sandbox_kernel.errors import ArtifactError, DatasetNotFound, DatasetRefused, SettingsError
 from sandbox_kernel.events import Dataset
 from sandbox_kernel.local_datasets import LocalDatasets
 from sandbox_kernel.provisioning.container import Mount, root_hash
@@ -137,7 +137,8 @@ class Datasets:
     def tmpfs(self) -> dict[str, str]:
         """The tmpfs the container needs: target to options. It is the container root's, and counts as its memory."""
         if isinstance(self._stage, ContainerStage):
-            return {DATA: f"size={self._settings.memory_limit},mode=0755"}
+            # Half: a data set that is too large is to fail by itself, not to get the kernel killed.
+            return {DATA: f"size={self._settings.memory_limit // 2},mode=0755"}
         return {}
 
     def connect(self, exec_stream: ExecStream) -> None:
@@ -151,7 +152,12 @@ class Datasets:
             return
         self._restored = fresh
         if fresh:
-            await self._mirror()
+            try:
+                await self._mirror()
+            except ArtifactError as exc:
+                # The next list() or select() tries again; a session without its data sets is still one.
+                _log.warning("session %s: %s", self._session_id, exc)
+                self._on_event("datasets_unavailable", error=str(exc))
             for dataset_id in [known.id for known in self._known.values() if known.status == "LOADED"]:
                 self._begin(dataset_id)
 

@@ -23,7 +23,7 @@ class LocalDatasets:
         self.root = root
 
     def files(self) -> list[tuple[str, int]]:
-        """``(id, bytes)`` of each file, at most MAX_LISTED, without those that are hidden or whose name breaks the rule."""
+        """``(id, bytes)`` of files, at most MAX_LISTED, but hidden ones and those whose name breaks the rule."""
         found = []
         for path, entry in self._walk():
             if entry.is_dir(follow_symlinks=False):

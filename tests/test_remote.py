@@ -231,12 +231,28 @@ async def test_stored_before_the_host_died_is_only_removed(place: Place) -> None
         (place.artifacts / "a").write_text("a")
         await until(lambda: place.created)
     async with place.spool() as spool:  # a new host
+        spool.launched()
         (place.artifacts / "b").write_text("b")
-        await until(lambda: len(place.opener.opened) == 2)
         made = await spool.cell_finished("m2")
     assert [a.path for a in made] == ["b"]
     assert list(place.artifacts.iterdir()) == []
     assert len(place.store.list("s")) == 2
+
+
+async def test_the_same_bytes_under_the_same_name_are_a_version_in_the_next_session(place: Place) -> None:
+    for number in (1, 2):
+        async with place.spool() as spool:
+            spool.cell_started("m", 1)
+            (place.artifacts / "a").write_text("a")
+            (made,) = await spool.cell_finished("m")
+            assert made.version == number
+
+
+async def test_what_lies_there_at_the_launch_is_taken_without_a_cell(place: Place) -> None:
+    (place.artifacts / "a").write_text("a")
+    async with place.spool() as spool:
+        spool.launched()
+        await until(lambda: place.created and not list(place.artifacts.iterdir()))
 
 
 async def test_a_gone_container_is_told_once_and_raises_nothing(place: Place) -> None:

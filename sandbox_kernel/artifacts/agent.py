@@ -176,7 +176,8 @@ class Agent:
                     break  # it can only be a refusal: the rest need not travel
             await stream.write(FRAME_END)
 
-        header = await self._send(send, op="put", token=token, name=name)
+        async with self._lock, self._guard():
+            header = await self._send(send, op="put", token=token, name=name)
         return int(header.get("put", 0))
 
     async def publish(self, token: str, path: str) -> int:
@@ -198,7 +199,8 @@ class Agent:
                 await stream.write(len(part).to_bytes(4, "big") + part)
             await stream.write(FRAME_END)
 
-        await self._send(send, op="link")
+        async with self._lock, self._guard():
+            await self._twice(lambda: self._send(send, op="link"))
 
     async def selected(self) -> list[tuple[str, int]]:
         """The data sets that were published: ``(id, bytes)``."""
@@ -241,26 +243,26 @@ class Agent:
             return await self._twice(exchange)
 
     async def _send(self, send: Callable[[_Stream], Awaitable[None]], **request: Any) -> dict[str, Any]:
-        async with self._lock, self._guard():
-            stream = await self._connected()
-            await stream.write(_line(request))
-            answer = asyncio.ensure_future(stream.line(timeout=False))
-            stream.answer = answer
-            try:
-                await send(stream)
-                async with asyncio.timeout(self._timeout_s):
-                    return _checked(await asyncio.shield(answer))
-            except ArtifactRefused:
-                raise
-            except BaseException as exc:
-                with suppress(Exception):
-                    await stream.write(FRAME_GIVE_UP)
-                if isinstance(exc, TimeoutError):
-                    raise _Broken("no answer") from None
-                raise
-            finally:
-                answer.cancel()
-                await asyncio.gather(answer, return_exceptions=True)
+        """A request with a payload; an answer that comes before its end is a refusal. Under the lock and the guard."""
+        stream = await self._connected()
+        await stream.write(_line(request))
+        answer = asyncio.ensure_future(stream.line(timeout=False))
+        stream.answer = answer
+        try:
+            await send(stream)
+            async with asyncio.timeout(self._timeout_s):
+                return _checked(await asyncio.shield(answer))
+        except ArtifactRefused:
+            raise
+        except BaseException as exc:
+            with suppress(Exception):
+                await stream.write(FRAME_GIVE_UP)
+            if isinstance(exc, TimeoutError):
+                raise _Broken("no answer") from None
+            raise
+        finally:
+            answer.cancel()
+            await asyncio.gather(answer, return_exceptions=True)
 
     async def _begin(self, request: dict[str, Any]) -> tuple[dict[str, Any], _Stream]:
         """Sends ``request`` and reads the answer's first line."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
@@ -84,8 +85,10 @@ class RemoteSpool:
         self._running: dict[str, int | None] = {}
         self._last: Cell = (None, None)
         self._made: dict[str, list[Artifact]] = {}
-        # Files that a host which died may have stored and not removed.
-        self._inherited: dict[str, tuple[int, int, int]] = {}
+        # Files older than this object, at the first look: a host that died may have stored and not removed them.
+        self._inherited: dict[str, tuple[int, int, int]] | None = None
+        self._began_ns = time.time_ns()
+        self._launched = False
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
         self._poller: asyncio.Task[None] | None = None
@@ -102,6 +105,11 @@ class RemoteSpool:
             await asyncio.gather(self._poller, return_exceptions=True)
         await self._agent.close()
         await self._asking.close()
+
+    def launched(self) -> None:
+        """The container runs: the agent is started in the background, so that the first cell need not wait for it."""
+        self._launched = True
+        self._wake.set()
 
     # --- cells --------------------------------------------------------------------------------
 
@@ -160,14 +168,13 @@ class RemoteSpool:
 
     async def _poll(self) -> None:
         """Looks while a cell runs or a file is held open; else it waits for the next cell."""
-        with suppress(AgentGone, ArtifactRefused):
-            # The first cell need not wait for the agent's start.
-            async with self._lock:
-                if self._tag is None:
-                    self._note(*await self._agent.listing())
-                    self._inherited = {file.path: file.identity for file in self._listing.files}
         while True:
             self._wake.clear()
+            if self._launched:
+                self._launched = False
+                with suppress(AgentGone, ArtifactRefused):
+                    async with self._lock:
+                        self._note(*await self._agent.listing(self._tag))
             if not self._running and not self._unsettled():
                 await self._wake.wait()
             change = self._ended if self._running else self._wake
@@ -188,6 +195,9 @@ class RemoteSpool:
     def _note(self, listing: Listing | None, tag: str | None) -> None:
         if listing is not None:
             self._listing = listing
+            if self._inherited is None:
+                old = (file for file in listing.files if file.mtime_ns < self._began_ns)
+                self._inherited = {file.path: file.identity for file in old}
         self._tag = tag
 
     async def _sweep(self, cell: Cell, *, ended: bool, force: bool = False) -> list[Artifact]:
@@ -242,7 +252,8 @@ class RemoteSpool:
                 self._versions[file.path] = self._versions.get(file.path, 0) + 1
 
         try:
-            if self._inherited.pop(file.path, None) == file.identity and await self._is_stored(file):
+            inherited = self._inherited is not None and self._inherited.pop(file.path, None) == file.identity
+            if inherited and await self._is_stored(file):
                 known.stored = True
                 return
             async with self._agent.get(file.path, limit=self._store.max_artifact_bytes) as content:
