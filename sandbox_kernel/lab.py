@@ -15,7 +15,6 @@ import json
 import os
 import re
 import secrets
-import shlex
 import shutil
 import signal
 import sys
@@ -27,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote, urlsplit
 
 from jupyter_core.paths import jupyter_data_dir
 
@@ -309,15 +308,15 @@ def serve() -> None:
 
 def how_to_attach(target: LabTarget, *, url: str = "") -> str:
     """What a person types to attach another client; ``url`` is that of a running :class:`LabServer`."""
-    server = url or f"the URL that `sandbox-kernel lab {target.session_id}` prints"
-    console = target.connection_file.name
-    if shlex.quote(console) != console:
-        console = shlex.quote(console)
+    # VS Code wants the server's root, not a page of it.
+    page = urlsplit(url)
+    token = parse_qs(page.query).get("token", [""])[0]
+    server = f"http://{page.netloc}/?token={token}" if url else f"what `sandbox-kernel lab {target.session_id}` prints"
     return f"""\
 A JupyterLab that runs already (sandbox-kernel in its environment): choose the kernel "session {target.session_id}",
   listed after: sandbox-kernel lab {target.session_id} --kernelspec
 VS Code: Select Kernel → Existing Jupyter Server, and give {server}
-Terminal: jupyter console --existing {console}
+Terminal: jupyter console --existing {target.connection_file.name}
   Leave it with exit(keep_kernel=True): a plain exit, or Ctrl-D, shuts the session's kernel down.
 """
 

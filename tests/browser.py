@@ -42,6 +42,10 @@ class LabPage:
         """Until Lab shows the kernel as idle."""
         await expect(self._indicator).to_have_attribute("data-status", "idle")
 
+    async def busy(self) -> None:
+        """Until Lab shows the kernel as busy, whoever keeps it so."""
+        await expect(self._indicator).to_have_attribute("data-status", "busy")
+
     @property
     def _indicator(self) -> Locator:
         return self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook-ExecutionIndicator")

@@ -158,6 +158,14 @@ async def test_stop_ends_a_running_cell(page: LabPage, wait: str, error: str) ->
     assert re.search(error, await page.finished())
 
 
+async def test_stop_ends_the_cell_of_another_client(session: Running, page: LabPage) -> None:
+    reply = asyncio.ensure_future(session.client.execute("import time; time.sleep(60)", reply=True, timeout=20))
+    await page.busy()
+    await page.stop()
+    assert (await reply)["content"]["ename"] == "KeyboardInterrupt"
+    await page.idle()
+
+
 async def test_restart_kernel_restarts_the_sessions_kernel(session: Running, page: LabPage) -> None:
     await session.run("before_restart = 1")
     await page.menu("Kernel", "Restart Kernel…", confirm=True)
@@ -168,6 +176,13 @@ async def test_restart_kernel_restarts_the_sessions_kernel(session: Running, pag
     assert await session.host.poll() is None
     await session.run("after_restart = 5")
     assert await page.run("after_restart") == "5"
+
+
+async def test_lab_follows_a_restart_by_the_session(session: Running, page: LabPage) -> None:
+    await session.run("before_restart = 1")
+    await session.host.restart_in_place()
+    await until(lambda: fresh(session))
+    assert "NameError" in await page.run("before_restart")
 
 
 @pytest.mark.parametrize(
@@ -386,6 +401,11 @@ async def test_a_missing_or_foreign_connection_file_is_named(tmp_path: Path) -> 
 
 async def test_how_to_attach_names_every_way(tmp_path: Path) -> None:
     target = LabTarget("conv", tmp_path / "kernel-conv.json", tmp_path, "c")
-    text = how_to_attach(target, url="http://127.0.0.1:1/lab")
-    for part in ("session conv", "http://127.0.0.1:1/lab", "--existing kernel-conv.json", "exit(keep_kernel=True)"):
+    text = how_to_attach(target, url="http://127.0.0.1:1/lab/tree/conv.ipynb?token=t&reset")
+    for part in (
+        "session conv",
+        "http://127.0.0.1:1/?token=t\n",
+        "--existing kernel-conv.json",
+        "exit(keep_kernel=True)",
+    ):
         assert part in text
