@@ -50,7 +50,7 @@ class Opening:
 
 
 async def open_session(opening: Opening) -> Session:
-    """The session of that id: its living kernel taken over where there is one, else (unless ``opening.attach_only``) a new one.
+    """The session of that id: its living kernel taken over where there is one, else a new one.
 
     Raises SessionNotFound (``attach_only`` and nothing lives), SessionHeld, EngineError, KernelStartError, RecordError.
     """

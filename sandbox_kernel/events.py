@@ -18,7 +18,7 @@ Status = Literal["ok", "error", "timeout", "interrupted", "aborted", "kernel_die
 """How a cell ended; ``unknown``: nobody saw its end."""
 
 BLOB_MIME = "application/vnd.sandbox-kernel.blob+json"
-"""In the log, a picture's base64 is replaced by ``{BLOB_MIME: {"sha256", "size_bytes", "mime"}}``; still valid nbformat."""
+"""In the log a picture's base64 is replaced by ``{BLOB_MIME: {"sha256", "size_bytes", "mime"}}``: still nbformat."""
 
 STR_LIMIT = 60_000
 """``str(result)`` stays below 64 kB of UTF-8 whatever the cell printed."""
@@ -76,7 +76,7 @@ class Artifact(Record):
     version: int = 1
     """1 for the first file of this path in this session, then 2, 3, ..."""
     kind: Literal["file", "output", "export"] = "file"
-    """``file``: found in ``artifacts/``; ``output``: the whole of an output cut in the log; ``export``: fetched by ``export()``."""
+    """``file``: found in ``artifacts/``; ``output``: the whole of an output cut in the log; ``export``: asked for."""
     created_at: datetime
 
 
@@ -157,7 +157,8 @@ class ExecutionResult(Record):
     code: str
     status: Status
     origin: str
-    """Which client ran it: ``sandbox-kernel`` for :meth:`Session.execute`, else the kind of client and its session, e.g. ``jupyterlab:1a2b3c4d``."""
+    """Which client ran it: ``sandbox-kernel`` for :meth:`Session.execute`, else the kind of client and its session,
+    e.g. ``jupyterlab:1a2b3c4d``."""
     stdout: str = ""
     stderr: str = ""
     outputs: list[dict[str, Any]] = Field(default_factory=list)
@@ -260,7 +261,8 @@ class SessionInfo(Record):
 
     session_id: str
     status: Literal["running", "stopped", "dead", "detached"]
-    """``running``: held by a living process; ``detached``: its kernel lives, nobody holds it; ``dead``: its container is gone unasked."""
+    """``running``: held by a living process; ``detached``: its kernel lives, nobody holds it; ``dead``: its container
+    is gone unasked."""
     created_at: datetime | None = None
     last_used: datetime | None = None
     execution_count: int = 0

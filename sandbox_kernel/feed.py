@@ -73,8 +73,11 @@ class Cell:
 
 
 def origin_of(header: Message) -> str:
-    """Who sent a request, from its header. Only ``session`` is reliable; the kind of client is told by habit:
-    JupyterLab's services library (also in VS Code and Notebook) sends an empty ``username``, jupyter_client ``username``."""
+    """Who sent a request, from its header. Only ``session`` is reliable; the kind of client is told by habit.
+
+    JupyterLab's services library (also in VS Code and Notebook) sends an empty ``username``, jupyter_client
+    ``username``.
+    """
     session = clean(header.get("session", ""))[:8] or "unknown"
     kind = {"": "jupyterlab", "username": "jupyter-client"}.get(str(header.get("username", "")), "client")
     return f"{kind}:{session}"
@@ -84,8 +87,8 @@ class Feed:
     """Reads iopub and shell messages handed in by :class:`~sandbox_kernel.kernel.Kernel` and tells of cells.
 
     All callbacks run on the event loop and must not block:
-    ``on_finished(cell)`` once per cell; ``on_late(cell_id, execution_count, name, text)`` for output after a cell's end;
-    ``on_kernel_started()`` when a kernel says ``starting`` on this connection.
+    ``on_started(cell)`` when the kernel begins with one, ``on_finished(cell)`` once per cell,
+    ``on_late(msg_id, execution_count, name, text)`` for output after its cell's end.
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""Removing what nobody holds any more. Ours is told by labels and places, never by names: nothing of anybody else's is touched."""
+"""Removing what nobody holds any more.
+
+Ours is told by labels and places, never by names: nothing of anybody else's is touched.
+"""
 
 from __future__ import annotations
 

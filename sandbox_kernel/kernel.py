@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -22,26 +22,25 @@ import zmq
 from jupyter_client.session import Session as WireSession
 
 from sandbox_kernel.errors import ConnectionFileError, KernelStartError
-from sandbox_kernel.events import CellEvent
-from sandbox_kernel.feed import Cell, Feed, Message
+from sandbox_kernel.feed import Feed, Message
 
 MAX_MESSAGE_BYTES = 256 * 2**20
-"""A larger message from the kernel is refused by zmq (the connection is dropped): it would only fill the host's memory."""
+"""zmq refuses a larger message and drops the connection: it would only fill the host's memory."""
 MESSAGES_PER_TURN = 500
 """Messages read before other tasks of the event loop get a turn."""
 MAX_SOCKETS = 16_000
 
 
-def _context() -> zmq.Context[zmq.Socket[bytes]]:
-    context = zmq.Context.instance()
+def _context() -> zmq.Context[Any]:
+    context: zmq.Context[Any] = zmq.Context.instance()
     with suppress(zmq.ZMQError):
-        if cast(int, context.get(zmq.MAX_SOCKETS)) < MAX_SOCKETS:
+        if context.get(zmq.MAX_SOCKETS) < MAX_SOCKETS:
             context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
     return context
 
 
 @contextmanager
-def _translated(info: dict[str, Any]) -> Iterator[None]:
+def _translated(info: Mapping[str, Any]) -> Iterator[None]:
     """zmq's errors as ours."""
     try:
         yield
@@ -50,7 +49,7 @@ def _translated(info: dict[str, Any]) -> Iterator[None]:
 
 
 class Channel:
-    """One zmq socket on the event loop. zmq's descriptor is edge-triggered: after each wake-up and each send it is read dry."""
+    """One zmq socket on the event loop. Its descriptor is edge-triggered: after a wake-up or a send it is read dry."""
 
     def __init__(self, socket: zmq.Socket[bytes], wire: WireSession, deliver: Callable[[Message], None]) -> None:
         self._socket = socket
@@ -104,7 +103,7 @@ class Kernel:
     with jupyter_client's ``curve_publickey``/``curve_secretkey`` where the kernel speaks CurveZMQ.
     """
 
-    def __init__(self, info: dict[str, Any], *, client_session: str, username: str = "sandbox-kernel") -> None:
+    def __init__(self, info: Mapping[str, Any], *, client_session: str, username: str = "sandbox-kernel") -> None:
         key = info.get("key", b"")
         self._info = info
         self._wire = WireSession(
@@ -140,7 +139,7 @@ class Kernel:
             async with asyncio.timeout(timeout):
                 # On control: its thread answers while a cell runs, so that a busy kernel can be taken over.
                 reply = await self.request("control", "kernel_info_request")
-                # ipykernel >= 7 welcomes a subscriber (JEP 65); an older kernel's busy/idle for the request proves it as well.
+                # ipykernel >= 7 welcomes a subscriber (JEP 65); an older one's busy/idle for a request proves it too.
                 while not self._welcome.done():
                     with suppress(TimeoutError):
                         await asyncio.wait_for(asyncio.shield(self._welcome), 0.25)
@@ -151,7 +150,8 @@ class Kernel:
             if isinstance(exc, TimeoutError):
                 raise KernelStartError(f"the kernel did not answer within {timeout:g} s") from exc
             raise
-        return cast(Message, reply["content"])
+        content: Message = reply["content"]
+        return content
 
     def close(self) -> None:
         """Close the channels; the kernel itself is not touched."""
@@ -215,7 +215,9 @@ class Kernel:
         try:
             port, ip, transport = self._info[f"{name}_port"], self._info["ip"], self._info.get("transport", "tcp")
         except KeyError as exc:
-            raise ConnectionFileError(f"the connection info has no {exc}; it is not a kernel's connection file") from exc
+            raise ConnectionFileError(
+                f"the connection info has no {exc}; it is not a kernel's connection file"
+            ) from exc
         if transport != "ipc":
             return f"{transport}://{ip}:{port}"
         path = Path(f"{ip}-{port}")
@@ -232,7 +234,7 @@ class Kernel:
 
     def message(self, msg_type: str, content: Message | None = None) -> Message:
         """A new message; its ``header.msg_id`` is known before it is sent."""
-        return cast(Message, self._wire.msg(msg_type, content=content or {}))
+        return dict(self._wire.msg(msg_type, content=content or {}))
 
     def send_execute(self, message: Message) -> None:
         """Send an execute_request made with :meth:`message` whose cell the Feed already expects."""
@@ -245,7 +247,8 @@ class Kernel:
         future = self._replies[msg_id] = asyncio.get_running_loop().create_future()
         self._channels[channel].send(message)
         try:
-            return await future
+            reply: Message = await future
+            return reply
         finally:
             self._replies.pop(msg_id, None)
 
@@ -299,6 +302,3 @@ class Kernel:
             self._welcome.set_result(None)
         if self._feed is not None:
             self._feed.iopub(message)
-
-
-__all__ = ["Cell", "CellEvent", "Channel", "Kernel"]

@@ -205,9 +205,7 @@ class Ledger:
         self.recorder.finish(result.msg_id, **self.line(result, spool_error=cell.spool_error))
         # Cells of the session, over all its kernels: a restarted kernel counts from 1 again.
         count = self.recorder.metadata.get("execution_count")
-        self.recorder.update_metadata(
-            last_used=timestamp(), execution_count=count + 1 if isinstance(count, int) else 1
-        )
+        self.recorder.update_metadata(last_used=timestamp(), execution_count=count + 1 if isinstance(count, int) else 1)
 
     def line(self, result: ExecutionResult, *, spool_error: OSError | None = None) -> dict[str, Any]:
         """The fields of a ``code_execution`` line."""
@@ -228,7 +226,10 @@ class Ledger:
             "artifacts": [artifact.id for artifact in result.artifacts],
         }
         if result.truncated:
-            fields |= {"truncated": True, "output_artifacts": [a.model_dump(mode="json") for a in result.output_artifacts]}
+            fields |= {
+                "truncated": True,
+                "output_artifacts": [a.model_dump(mode="json") for a in result.output_artifacts],
+            }
         if spool_error is not None:
             fields["output_lost"] = f"the whole output could not be kept: {spool_error.strerror}"
         if not result.state_preserved:

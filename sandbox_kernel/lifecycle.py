@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from sandbox_kernel.settings import Settings
 log = logging.getLogger(__name__)
 
 INTERRUPT_EVERY_S = 1.0
-"""An interrupt that was lost (a cell between two statements of a finally block) is repeated so often during the grace."""
+"""An interrupt that was lost (in a finally block, say) is repeated so often during the grace."""
 
 REJOIN_S = 1.0
 """One attempt to reach a kernel that somebody else restarted."""
@@ -39,13 +39,13 @@ class Provisioner(Protocol):
     def connection_file(self) -> Path | None:
         """The client's connection file."""
 
-    async def launch(self) -> dict[str, Any]:
+    async def launch(self) -> Mapping[str, Any]:
         """Start a kernel where there is none (again); returns its connection info."""
 
-    async def attach(self, container_id: str) -> dict[str, Any]:
+    async def attach(self, container_id: str) -> Mapping[str, Any]:
         """Take over a living container; returns its kernel's connection info."""
 
-    async def restart_in_place(self) -> dict[str, Any]:
+    async def restart_in_place(self) -> Mapping[str, Any]:
         """Kill the kernel process and start a fresh one in the same container."""
 
     async def wait_dead(self) -> KernelDeath:
@@ -90,7 +90,7 @@ class Lifecycle:
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: SandboxError | None = None
         self._closed = False
-        self.connection_info: dict[str, Any] = {}
+        self.connection_info: Mapping[str, Any] = {}
 
     # -- start and end ---------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ class Lifecycle:
         """Take over the living kernel of a process that died. Raises EngineError when it is gone."""
         await self._connect(await self.provisioner.attach(container_id), fresh=False)
 
-    async def _connect(self, info: dict[str, Any], *, fresh: bool) -> None:
+    async def _connect(self, info: Mapping[str, Any], *, fresh: bool) -> None:
         kernel = Kernel(info, client_session=self._client_session)
         dead = asyncio.ensure_future(self.provisioner.wait_dead())
         answer = asyncio.ensure_future(kernel.connect(self._feed, timeout=self._settings.start_timeout_s))
@@ -143,7 +143,7 @@ class Lifecycle:
             self.kernel.close()
 
     async def close(self, before_remove: Callable[[], Awaitable[Any]] | None = None) -> None:
-        """End the kernel; the cells still running end as interrupted. ``before_remove``: a last look into the container."""
+        """End the kernel; running cells end as interrupted. ``before_remove``: a last look into the container."""
         self._let_go()
         self._feed.abandon_all("interrupted")
         try:
@@ -282,7 +282,7 @@ class Lifecycle:
     # -- restarted by somebody else --------------------------------------------------------
 
     def _lost(self, kernel: Kernel) -> None:
-        """The kernel let go of its sockets: it died (then its container is about to), or Lab's Restart button was pressed."""
+        """The kernel let go of its sockets: it died (its container is about to), or Lab's Restart was pressed."""
         if kernel is self.kernel and not self._changing.locked() and not self._closed:
             self.spawn(self._rejoin(kernel))
 

@@ -23,6 +23,9 @@ from sandbox_kernel.session import Session
 from sandbox_kernel.settings import SessionStorage, Settings
 from sandbox_kernel.snapshot import read_metadata
 
+Listing = list[SessionInfo]  # in the class, `list` is its method
+Lines = list[str]
+
 
 class SessionManager:
     """Holds sessions; an async context manager.
@@ -94,7 +97,8 @@ class SessionManager:
 
         Without an id one is made. Starting a stopped id again appends to its record. ``secrets``: environment variables
         of the kernel whose values never reach a log, a state file, metadata or the engine.
-        Raises InvalidSessionId, SessionHeld (another living process has it), EngineError, KernelStartError, SettingsError.
+        Raises InvalidSessionId, SessionHeld (another living process has it), EngineError, KernelStartError,
+        SettingsError.
         """
         session_id = check_session_id(f"session-{random.token_hex(4)}" if session_id is None else session_id)
         check_secrets(secrets or {})
@@ -135,7 +139,7 @@ class SessionManager:
         )
 
     async def stop(self, session_id: str) -> None:
-        """Stop a session: its kernel ends, its record is closed. One left alive by another process is taken over for it.
+        """Stop a session: its kernel ends, its record is closed. One left alive by another process is taken over first.
 
         Raises SessionNotFound for an id nobody knows; one that is stopped already is done.
         """
@@ -151,12 +155,12 @@ class SessionManager:
         await session.stop()
         self._sessions.pop(session_id, None)
 
-    async def list(self) -> list[SessionInfo]:
+    async def list(self) -> Listing:
         """Every session that is alive or recorded in ``sessions_root``, by id."""
         alive = {found.session_id: found for found in await survivors(self.settings)}
         return await asyncio.to_thread(self._list, alive)
 
-    def _list(self, alive: dict[str, Survivor]) -> list[SessionInfo]:
+    def _list(self, alive: dict[str, Survivor]) -> Listing:
         root = self.settings.sessions_root
         recorded = {
             entry.name: read_metadata(entry)[0] or {}
@@ -191,7 +195,7 @@ class SessionManager:
 
     # -- housekeeping ----------------------------------------------------------------------
 
-    async def gc(self, *, all: bool = False) -> list[str]:
+    async def gc(self, *, all: bool = False) -> Lines:
         """Remove what nobody holds any more: containers, networks, runtime folders, temporary files of ours.
 
         Sessions that a process left alive on purpose (``stop_on_exit=False``) are stopped only with ``all``.
@@ -204,7 +208,9 @@ class SessionManager:
         loop = asyncio.get_running_loop()
         while True:
             now = loop.time()
-            due = [session for session in self.sessions.values() if not session.busy and now - session.last_used >= idle_s]
+            due = [
+                session for session in self.sessions.values() if not session.busy and now - session.last_used >= idle_s
+            ]
             for session in due:
                 with suppress(SandboxError):
                     await session.stop(reason="idle")

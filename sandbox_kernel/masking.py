@@ -13,12 +13,14 @@ SHORTEST = 4
 
 
 def check_secrets(secrets: Mapping[str, str]) -> None:
-    """Raises SettingsError for a name that is no environment variable or a value that cannot be masked; names the name only."""
+    """Raises SettingsError for a name that is no environment variable, or a value that cannot be masked (not shown)."""
     for name, value in secrets.items():
         if not isinstance(name, str) or re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is None:
             raise SettingsError(f"secret {name!r}: not a name of an environment variable (letters, digits, '_')")
         if not isinstance(value, str) or len(value) < SHORTEST or "\0" in value:
-            raise SettingsError(f"secret {name!r}: its value must be a text of at least {SHORTEST} characters without NUL")
+            raise SettingsError(
+                f"secret {name!r}: its value must be a text of at least {SHORTEST} characters without NUL"
+            )
 
 
 def masker(secrets: Mapping[str, str]) -> Callable[[str], str] | None:

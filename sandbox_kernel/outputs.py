@@ -38,7 +38,7 @@ from sandbox_kernel.events import (
 Output = dict[str, Any]
 
 MAX_OBJECTS = 2_000
-"""Output objects kept per cell (half at the head, half at the tail); a loop of ``display()`` cannot grow without end."""
+"""Output objects kept per cell (half at the head, half at the tail); a loop of ``display()`` is bounded."""
 BUNDLE_FACTOR = 32
 """Rich displays (pictures) may take this many times ``limit``."""
 INLINE_TEXT = 64_000
@@ -192,7 +192,11 @@ class OutputCollector:
 
     def _bundle(self, msg_type: str, content: dict[str, Any]) -> CellEvent:
         raw_data, raw_meta = content.get("data"), content.get("metadata")
-        data = {str(mime): _mime_value(mime, value) for mime, value in raw_data.items()} if isinstance(raw_data, dict) else {}
+        data = (
+            {str(mime): _mime_value(mime, value) for mime, value in raw_data.items()}
+            if isinstance(raw_data, dict)
+            else {}
+        )
         metadata = dict(raw_meta) if isinstance(raw_meta, dict) else {}
         size = sum(len(value) if isinstance(value, str) else 200 for value in data.values())
         count = content.get("execution_count")
@@ -209,7 +213,9 @@ class OutputCollector:
                 "metadata": metadata,
             }
             self._show(output, size)
-            return ResultData(msg_id=self.msg_id, data=data, metadata=metadata, execution_count=output["execution_count"])
+            return ResultData(
+                msg_id=self.msg_id, data=data, metadata=metadata, execution_count=output["execution_count"]
+            )
         transient = content.get("transient")
         display_id = transient.get("display_id") if isinstance(transient, dict) else None
         update = msg_type == "update_display_data"
@@ -344,7 +350,11 @@ class OutputCollector:
                 {"text": "".join(output["parts"])} if "parts" in output else {}
             )
             last = merged[-1] if merged else None
-            if last is not None and output["output_type"] == "stream" == last["output_type"] and last["name"] == output["name"]:
+            if (
+                last is not None
+                and output["output_type"] == "stream" == last["output_type"]
+                and last["name"] == output["name"]
+            ):
                 last["text"] += output["text"]
             else:
                 merged.append(output)

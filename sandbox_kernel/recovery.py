@@ -40,8 +40,8 @@ async def close_books(
 ) -> None:
     """The kernel lives: cells that have ended get their line, the one that runs is adopted by the Feed.
 
-    A request that the kernel has not begun with may still be in its queue. Whether it is shows when the kernel answers a
-    request that came after it (its shell is first in, first out); until then such a cell is adopted too.
+    A request that the kernel has not begun with may still be in its queue. Whether it is shows when the kernel answers
+    a request that came after it (its shell is first in, first out); until then such a cell is adopted too.
     """
     journal = _latest(await workspace.read_journal())
     pending = {cell.msg_id: cell for cell in recorder.pending()}

@@ -15,7 +15,16 @@ from typing import Any, BinaryIO, Literal
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.datasets import Datasets
 from sandbox_kernel.errors import ArtifactNotFound, SandboxError, SessionClosed
-from sandbox_kernel.events import Artifact, CellEvent, Dataset, ExecutionResult, Finished, PythonState, StreamEvent, timestamp
+from sandbox_kernel.events import (
+    Artifact,
+    CellEvent,
+    Dataset,
+    ExecutionResult,
+    Finished,
+    PythonState,
+    StreamEvent,
+    timestamp,
+)
 from sandbox_kernel.feed import Cell, Feed
 from sandbox_kernel.ledger import Ledger
 from sandbox_kernel.lifecycle import Lifecycle
@@ -219,7 +228,7 @@ class Session:
         return bool(running)
 
     async def restart(self) -> list[str]:
-        """Restart the kernel; returns the names of the variables that are gone. A running cell ends as ``interrupted``."""
+        """Restart the kernel; returns the names of the variables that are gone. Running cells end as interrupted."""
         self._check_open()
         if self._lifecycle.kernel is None:
             await self._lifecycle.revive()
@@ -255,12 +264,8 @@ class Session:
 
     async def save_artifact(self, artifact_id: str, path: str | os.PathLike[str]) -> Path:
         """Save an artifact to ``path`` (a file, or a folder: then under its own name); returns the file's path."""
-        artifact = await self._own_artifact(artifact_id)
-        target = Path(path)
-        if target.is_dir():
-            target = target / artifact.filename
-        await asyncio.to_thread(self.store.save, artifact_id, target)
-        return target
+        await self._own_artifact(artifact_id)
+        return await asyncio.to_thread(self.store.save, artifact_id, Path(path))
 
     async def open_artifact(self, artifact_id: str) -> BinaryIO:
         """An artifact as an open binary file; the caller closes it."""
@@ -288,7 +293,10 @@ class Session:
         return await self._datasets.list()
 
     async def select_dataset(self, dataset_id: str) -> Dataset:
-        """Stage a data set at ``/data/<id>``. Raises DatasetNotFound or DatasetRefused; a fetch that failed has status FAILED."""
+        """Stage a data set at ``/data/<id>``. A fetch that failed has status FAILED.
+
+        Raises DatasetNotFound or DatasetRefused.
+        """
         self._check_open()
         return await self._datasets.select(dataset_id)
 
@@ -299,7 +307,7 @@ class Session:
             raise SessionClosed(f"session {self.id!r} is stopped; SessionManager.start({self.id!r}) starts it again")
 
     async def stop(self, *, reason: str | None = None) -> None:
-        """Stop the session: its kernel ends, what lies in ``artifacts/`` is ingested, the record is closed. Twice is once."""
+        """Stop the session: end its kernel, ingest what lies in ``artifacts/``, close the record. Twice is once."""
         self._reason = reason
         await self._leave()
 

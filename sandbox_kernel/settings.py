@@ -16,7 +16,18 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sandbox_kernel.errors import SettingsError
 
-_UNITS = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "m": 2**20, "mb": 2**20, "g": 2**30, "gb": 2**30, "t": 2**40, "tb": 2**40}
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "k": 2**10,
+    "kb": 2**10,
+    "m": 2**20,
+    "mb": 2**20,
+    "g": 2**30,
+    "gb": 2**30,
+    "t": 2**40,
+    "tb": 2**40,
+}
 
 
 class SessionStorage(StrEnum):
@@ -66,13 +77,18 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="SANDBOX_", env_file=".env", extra="forbid", frozen=True, env_ignore_empty=True, validate_default=True
+        env_prefix="SANDBOX_",
+        env_file=".env",
+        extra="forbid",
+        frozen=True,
+        env_ignore_empty=True,
+        validate_default=True,
     )
 
     sessions_root: Path = Path("sessions")
     """Folder of the session directories."""
     store_root: Path | None = None
-    """Folder of the artifact store; default ``sessions_root/.store`` (one file system with the sessions: no copying)."""
+    """Folder of the artifact store; default ``sessions_root/.store`` (the sessions' file system: no copying)."""
     session_storage: SessionStorage = SessionStorage.BIND
     dataset_access: DatasetAccess = DatasetAccess.NONE
     datasets_path: Path | None = None
@@ -113,7 +129,8 @@ class Settings(BaseSettings):
     pool_imports: list[str] = Field(default_factory=list)
     """Modules imported beforehand in every kernel, e.g. ``["numpy", "pandas"]``."""
     durability: Literal["batch", "fsync"] = "batch"
-    """``batch``: a log line survives the death of this process at once, of the machine within a second; ``fsync``: both at once."""
+    """A log line survives the death of this process at once, that of the machine within a second (``batch``) or at once
+    (``fsync``)."""
     mask_secrets: bool = True
     """Mask the values of variables whose names look like secrets in ``python_state.json``."""
 
@@ -131,7 +148,12 @@ class Settings(BaseSettings):
             raise SettingsError(_explain(exc)) from None
 
     @field_validator(
-        "memory_limit", "tmpfs_size", "max_output_bytes", "max_artifact_bytes", "max_session_artifacts_bytes", mode="before"
+        "memory_limit",
+        "tmpfs_size",
+        "max_output_bytes",
+        "max_artifact_bytes",
+        "max_session_artifacts_bytes",
+        mode="before",
     )
     @classmethod
     def _size(cls, value: Any) -> int:
@@ -148,16 +170,22 @@ class Settings(BaseSettings):
     @classmethod
     def _hosts(cls, value: Any) -> Any:
         if isinstance(value, str) and value not in ("none", "full"):
-            raise ValueError("write 'none', 'full', or a list of host names (in the environment as JSON: '[\"pypi.org\"]')")
+            raise ValueError(
+                "write 'none', 'full', or a list of host names (in the environment as JSON: '[\"pypi.org\"]')"
+            )
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
         wants_folder = self.dataset_access in (DatasetAccess.LOCAL_RO, DatasetAccess.HYBRID)
         if wants_folder and self.datasets_path is None:
-            raise ValueError(f"dataset_access={self.dataset_access} needs datasets_path, the host folder of the data sets")
+            raise ValueError(
+                f"dataset_access={self.dataset_access} needs datasets_path, the host folder of the data sets"
+            )
         if not wants_folder and self.datasets_path is not None:
-            raise ValueError(f"datasets_path is set, but dataset_access={self.dataset_access} never reads it; use LOCAL_RO or HYBRID")
+            raise ValueError(
+                f"datasets_path is set, but dataset_access={self.dataset_access} never reads it; use LOCAL_RO or HYBRID"
+            )
         if self.engine == "local":
             for name in ("runtime",):
                 if getattr(self, name) is not None:

@@ -18,7 +18,7 @@ from sandbox_kernel.artifacts.observer import Observer
 from sandbox_kernel.artifacts.remote import RemoteSpool
 from sandbox_kernel.directory import SessionDirectory
 from sandbox_kernel.errors import SandboxError
-from sandbox_kernel.events import Artifact, PythonState, Variable
+from sandbox_kernel.events import PythonState, Variable
 from sandbox_kernel.ledger import Watch
 from sandbox_kernel.snapshot import read_state_folder
 from sandbox_kernel.untrusted import FOLDER, read_untrusted
@@ -95,7 +95,7 @@ JOURNAL_LIMIT = 4 * 2**20
 
 
 def read_cells(state_dir: Path) -> list[dict[str, Any]]:
-    """The hook's journal of cells (``cells.jsonl``), as far as it can be read: the kernel writes it, so it may be anything."""
+    """The hook's journal of cells (``cells.jsonl``), as far as it can be read: the kernel may write anything."""
     try:
         descriptor = os.open(state_dir, FOLDER)
     except OSError:

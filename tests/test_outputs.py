@@ -44,7 +44,8 @@ json_values = st.recursive(
 )
 anything = st.text(st.characters(codec=None)) | json_values  # lone surrogates too
 bundle = st.dictionaries(
-    st.sampled_from(["text/plain", "text/html", "image/png", "application/json", "application/x+json", "weird"]), anything
+    st.sampled_from(["text/plain", "text/html", "image/png", "application/json", "application/x+json", "weird"]),
+    anything,
 )
 message = st.one_of(
     st.tuples(st.just("stream"), st.fixed_dictionaries({"name": anything, "text": anything})),
@@ -80,7 +81,9 @@ def test_any_messages_give_valid_outputs(tmp_path_factory: pytest.TempPathFactor
 
 @given(st.lists(st.text(max_size=400), max_size=60))
 @settings(deadline=None)
-def test_every_byte_is_in_the_result_or_in_the_spool(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+def test_every_byte_is_in_the_result_or_in_the_spool(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str]
+) -> None:
     collector = OutputCollector("m1", LIMIT, tmp_path_factory.getbasetemp())
     for text in texts:
         collector.add("stream", {"name": "stdout", "text": text})
@@ -149,7 +152,8 @@ def test_pictures_stand_in_the_log_as_references(collector: OutputCollector) -> 
 
 def test_a_huge_repr_is_cut_and_kept_whole_in_the_spool(collector: OutputCollector) -> None:
     collector.add("execute_result", {"data": {"text/plain": "x" * 50_000}, "metadata": {}, "execution_count": 1})
-    assert collector.result is not None and len(collector.result) <= LIMIT
+    assert collector.result is not None
+    assert len(collector.result) <= LIMIT
     assert collector.truncated
     assert b"x" * 50_000 in close(collector)["displays.jsonl"]
 
