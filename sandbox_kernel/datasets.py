@@ -35,6 +35,8 @@ __all__ = ["Datasets", "FetchDataset"]
 DATA = "/data"
 LOCAL = "/opt/sandbox-datasets"
 """Where a HYBRID session's container has ``datasets_path``; ``/data`` links into it."""
+SELECTED = "/opt/sandbox-selected"
+"""Where root's agent notes what it published (see ``kernel_side/agent.py``), for a host that takes over."""
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +140,7 @@ class Datasets:
         """The tmpfs the container needs: target to options. It is the container root's, and counts as its memory."""
         if isinstance(self._stage, ContainerStage):
             # Half: a data set that is too large is to fail by itself, not to get the kernel killed.
-            return {DATA: f"size={self._settings.memory_limit // 2},mode=0755"}
+            return {DATA: f"size={self._settings.memory_limit // 2},mode=0755", SELECTED: "size=4m,mode=0700"}
         return {}
 
     def connect(self, exec_stream: ExecStream) -> None:

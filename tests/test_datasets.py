@@ -68,8 +68,9 @@ def test_ids_that_are_allowed(good: str) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    ["", "/", "/a", "a/", "a//b", ".", "..", "../a", "a/../b", "a/./b", ".staging/x", "a\\b", "a\0b", "a\nb", "\x1b[31m", "\ud800",
-     "-a", "~", "x" * 241, "a/" * 16 + "b", None, 3, b"a"],
+    ["", "/", "/a",
+     "a/", "a//b", ".", "..", "../a", "a/../b", "a/./b", ".staging/x", "a\\b", "a\0b", "a\nb", "\x1b[31m",
+     "\ud800", "-a", "~", "x" * 241, "a/" * 16 + "b", None, 3, b"a"],
 )  # fmt: skip
 def test_ids_that_are_not(bad: object) -> None:
     with pytest.raises(DatasetRefused, match="not allowed"):
@@ -478,9 +479,7 @@ async def test_tmpfs_too_small_fails_with_the_cause_and_stays_usable(tmp_path: P
         assert big.status == "FAILED"
         assert "No space left" in (big.error or "")
         assert (await datasets.select("small")).status == "LOADED"
-        assert (
-            await box.python("import os; print(sorted(n for n in os.listdir('/data') if n[0] != '.'))") == "['small']"
-        )
+        assert await box.python("import os; print(os.listdir('/data'))") == "['small']"
 
 
 @pytest.mark.parametrize("storage", ["BIND", "TMPFS"])

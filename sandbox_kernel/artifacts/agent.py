@@ -47,6 +47,10 @@ class AgentGone(ArtifactError):
     """Nothing sensible answers inside the container: it is gone, paused, or the session's code interfered."""
 
 
+class Missing(ArtifactRefused):
+    """There is no such file in the container."""
+
+
 class _Broken(Exception):
     """The stream ended, stalled, or broke the rules; it is dropped and may be opened once more."""
 
@@ -386,7 +390,7 @@ def _parse(data: bytes) -> Any:
 
 def _checked(header: dict[str, Any]) -> dict[str, Any]:
     if "error" in header:
-        raise ArtifactRefused(str(header["error"])[:500])
+        raise (Missing if header.get("code") == "ENOENT" else ArtifactRefused)(str(header["error"])[:500])
     return header
 
 

@@ -18,10 +18,19 @@ from hashlib import sha256
 from types import TracebackType
 from typing import Self
 
-from sandbox_kernel.artifacts.agent import Agent, AgentGone, ByteStream, Listing, OpenStream, RemoteFile, RemoteFileInfo
+from sandbox_kernel.artifacts.agent import (
+    Agent,
+    AgentGone,
+    ByteStream,
+    Listing,
+    Missing,
+    OpenStream,
+    RemoteFile,
+    RemoteFileInfo,
+)
 from sandbox_kernel.artifacts.observer import Waiting
 from sandbox_kernel.artifacts.store import ArtifactStore, Kind
-from sandbox_kernel.errors import ArtifactError, ArtifactRefused
+from sandbox_kernel.errors import ArtifactError, ArtifactNotFound, ArtifactRefused
 from sandbox_kernel.events import Artifact
 from sandbox_kernel.untrusted import Refusal
 
@@ -160,7 +169,7 @@ class RemoteSpool:
     async def export(self, path: str) -> Artifact:
         """Any file of the container that the kernel's user can read, as an artifact of kind ``export``.
 
-        Relative paths are below ``/session``. Raises ArtifactRefused (no file, too big, changed meanwhile), AgentGone.
+        Relative paths are below ``/session``. Raises as :func:`export_file`.
         """
         return await export_file(self._asking, self._store, self._session_id, path, self._last)
 
@@ -259,10 +268,8 @@ class RemoteSpool:
             async with self._agent.get(file.path, limit=self._store.max_artifact_bytes) as content:
                 source = _unchanged(content, file, force)
                 await _put(self._store, self._session_id, file.path, source, "file", cell, committed)
-        except _Changed:
+        except (_Changed, Missing):
             return
-        except AgentGone:
-            raise
         except ArtifactRefused as exc:
             known.refused = str(exc)
 
@@ -313,14 +320,14 @@ async def export_file(
 ) -> Artifact:
     """``path`` of the container as an artifact of kind ``export``; for BIND too: ``/data``, ``/tmp`` are not shared.
 
-    ``cell``: msg_id and execution_count to record. Raises ArtifactRefused (no file, too big, changed while it was
-    read), AgentGone.
+    ``cell``: msg_id and execution_count to record. Raises ArtifactNotFound, ArtifactRefused (no regular file, too big,
+    changed while it was read), AgentGone.
     """
     try:
         async with agent.export(path, limit=store.max_artifact_bytes) as content:
             return await _put(store, session_id, path.strip("/"), _steady(content), "export", cell)
-    except AgentGone:
-        raise
+    except Missing as exc:
+        raise ArtifactNotFound(f"{path!r} cannot be exported: there is no such file in the container") from exc
     except ArtifactRefused as exc:
         raise ArtifactRefused(f"{path!r} cannot be exported: {exc}") from None
 

@@ -45,7 +45,6 @@ PAGE_REFUSED = 100
 FRAME_LIMIT = 1 << 24
 GIVE_UP = 0xFFFFFFFF
 STAGING = ".staging"
-SELECTED = ".selected"
 
 
 class Refused(Exception):
@@ -53,7 +52,8 @@ class Refused(Exception):
 
 
 def main(argv):
-    roots = {"artifacts": "/session/artifacts", "state": "/session/state", "data": "/data"}
+    roots = {"artifacts": "/session/artifacts", "state": "/session/state"}
+    roots.update(data="/data", selected="/opt/sandbox-selected")
     for flag, value in zip(argv[::2], argv[1::2]):  # noqa: B905 - Python 3.9 has no `strict`
         roots[flag[2:]] = value
     agent = Agent(roots, sys.stdin.buffer)
@@ -141,6 +141,7 @@ class Agent:
         except OSError as exc:
             # Said at once, so that the host can stop sending; what it has sent by then is read and dropped.
             remove_tree(os.path.join(self.staging(), token))
+            self.tidy()
             say(error=exc.strerror, code=errno.errorcode.get(exc.errno, "EIO"))
             for _ in frames:
                 pass
@@ -173,24 +174,20 @@ class Agent:
             size = os.lstat(source).st_size
         os.makedirs(os.path.dirname(target), mode=0o755, exist_ok=True)
         os.rename(source, target)
-        folder = os.path.join(self.roots["data"], SELECTED)
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        with open(os.path.join(folder, token), "w") as file:
+        with open(os.path.join(self.roots["selected"], token), "w") as file:
             json.dump([path, size], file)
+        self.tidy()
         say(published=size)
 
     def do_discard(self, token):
-        remove_tree(os.path.join(self.staging(), token))
+        remove_tree(os.path.join(self.roots["data"], STAGING, token))
+        self.tidy()
         say(discarded=True)
 
     def do_selected(self):
         found = []
-        try:
-            names = os.listdir(os.path.join(self.roots["data"], SELECTED))
-        except FileNotFoundError:
-            names = []
-        for name in names:
-            with open(os.path.join(self.roots["data"], SELECTED, name)) as file:
+        for name in os.listdir(self.roots["selected"]):
+            with open(os.path.join(self.roots["selected"], name)) as file:
                 found.append(json.load(file))
         say(json.dumps(found).encode())
 
@@ -202,6 +199,12 @@ class Agent:
             if not os.path.lexists(full):
                 os.symlink(target, full)
         say(linked=True)
+
+    def tidy(self):
+        try:
+            os.rmdir(os.path.join(self.roots["data"], STAGING))
+        except OSError:
+            pass  # not there, or in use
 
     def staging(self):
         folder = os.path.join(self.roots["data"], STAGING)
