@@ -24,10 +24,7 @@ _NO_LIMIT = 0.0
 
 def run(
     file: Annotated[
-        Path | None,
-        typer.Argument(
-            exists=True, dir_okay=False, readable=True, allow_dash=True, help="Python file; - or none: standard input."
-        ),
+        Path | None, typer.Argument(metavar="[FILE]", help="Python file; - or none: standard input.")
     ] = None,
     code: Annotated[str | None, typer.Option("-c", "--code", metavar="CODE", help="Run this code.")] = None,
     session: SessionName = None,
@@ -102,6 +99,8 @@ def _read(file: Path | None) -> str:
         try:
             with tokenize.open(file) as source:
                 return source.read()
+        except OSError as exc:
+            raise typer.BadParameter(f"cannot read {file}: {exc.strerror}") from None
         except (SyntaxError, UnicodeDecodeError) as exc:
             raise typer.BadParameter(f"{file} is not Python source text: {exc}") from None
     if sys.stdin.isatty():

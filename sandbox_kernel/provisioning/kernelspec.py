@@ -17,9 +17,10 @@ from sandbox_kernel.provisioning.container import COMMAND
 from sandbox_kernel.settings import Settings
 
 NAME = "sandbox"
+DISPLAY_NAME = "Python 3 (sandbox)"
 
 
-def kernel_json(overrides: Mapping[str, Any], display_name: str = "Python 3 (sandbox)") -> dict[str, Any]:
+def kernel_json(overrides: Mapping[str, Any], display_name: str = DISPLAY_NAME) -> dict[str, Any]:
     """The content of ``kernel.json``. ``overrides``: values of :class:`Settings` other than the default.
 
     ``argv`` is what runs in the container: a program that knows no provisioners fails on it at once.
@@ -43,6 +44,7 @@ def install(
     sys_prefix: bool = False,
     prefix: str | Path | None = None,
     name: str = NAME,
+    display_name: str = DISPLAY_NAME,
     **overrides: Any,
 ) -> Path:
     """Write the kernelspec as ``ipykernel install`` does; the folder it is in.
@@ -58,7 +60,7 @@ def install(
         raise SettingsError("engine='local' needs no kernelspec of ours: `ipykernel install` writes one")
     stored = {key: settings.model_dump(mode="json")[key] for key in overrides}
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "kernel.json").write_text(json.dumps(kernel_json(stored), indent=1))
+        Path(folder, "kernel.json").write_text(json.dumps(kernel_json(stored, display_name), indent=1))
         _add_logos(Path(folder))
         where = sys.prefix if sys_prefix else prefix
         try:

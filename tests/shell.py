@@ -1,0 +1,44 @@
+"""``sandbox-kernel`` as a person and a program use it: every call is a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PROGRAM = [sys.executable, "-m", "sandbox_kernel.cli"]
+
+
+class Shell:
+    """Runs ``sandbox-kernel`` in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.root = folder / "sessions"
+
+    def __call__(self, *args: str, expect: int = 0, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [*PROGRAM, *args],
+            cwd=self.folder,
+            env=os.environ | env,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == expect, f"{args}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback (most recent call last):\n  File" not in done.stderr
+        return done
+
+    def json(self, *args: str, expect: int = 0) -> Any:
+        return json.loads(self(*args, "--json", expect=expect).stdout)
+
+    def start(self, *args: str, **options: Any) -> subprocess.Popen[bytes]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*PROGRAM, *args], cwd=self.folder, stdout=pipe, stderr=pipe, **options)
+
+    def statuses(self) -> dict[str, str]:
+        return {info["session_id"]: info["status"] for info in self.json("list")}
