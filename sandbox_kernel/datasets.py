@@ -65,7 +65,7 @@ class Datasets:
     ) -> None:
         """``on_event(name, **fields)`` writes a log line; ``on_progress(id, bytes so far)`` hears of a fetch.
 
-        Raises SettingsError: ``datasets_path`` is no folder, or there is no function to fetch with.
+        Raises SettingsError: ``datasets_path`` is no folder.
         """
         self._settings = settings
         self._session_id = session_id
@@ -85,28 +85,29 @@ class Datasets:
                     f"dataset_access={access} needs one: make it or name another"
                 )
             self._local = LocalDatasets(settings.datasets_path.absolute())
+        cache = DatasetCache(store_root)
+        name = f"{session_id}-{root_hash(settings.sessions_root)}"
+        self._host_stage = HostStage(cache, cache.root.absolute() / ".sessions" / name)
         self._stage: Stage | None = None
         if access in (DatasetAccess.API, DatasetAccess.HYBRID):
-            if fetch is None:
-                raise SettingsError(
-                    f"dataset_access={access} needs a function: SessionManager(..., fetch_dataset=function)"
-                )
-            cache = DatasetCache(store_root)
-            if settings.session_storage is SessionStorage.TMPFS:
-                self._stage = ContainerStage(cache)
-            else:
-                name = f"{session_id}-{root_hash(settings.sessions_root)}"
-                self._stage = HostStage(cache, cache.root.absolute() / ".sessions" / name)
-
+            in_memory = settings.session_storage is SessionStorage.TMPFS
+            self._stage = ContainerStage(cache) if in_memory else self._host_stage
         self._root: Path | str = DATA
         if settings.engine == "local":  # no container: the kernel sees the host's own folders
-            self._root = self._stage.data if isinstance(self._stage, HostStage) else settings.datasets_path or DATA
+            self._root = settings.datasets_path or DATA if self._stage is None else self._host_stage.data
 
     async def __aenter__(self) -> Self:
-        if isinstance(self._stage, HostStage):
-            if not await self._kernel_lives():
-                await self._stage.remove()  # of a process that died
-            await self._stage.create()
+        """Raises SettingsError: a session is to be started and there is no function to fetch with."""
+        alive = await self._kernel_lives() if self._stage is not None else False
+        if self._stage is not None and self._fetch is None and not alive:
+            raise SettingsError(
+                f"dataset_access={self._settings.dataset_access} needs a function: "
+                "SessionManager(..., fetch_dataset=function)"
+            )
+        if self._stage is self._host_stage:
+            if not alive:
+                await self._host_stage.remove()  # of a process that died
+            await self._host_stage.create()
             await self._mirror()
         return self
 
@@ -118,8 +119,9 @@ class Datasets:
         await asyncio.gather(*self._loading.values(), return_exceptions=True)
         if isinstance(self._stage, ContainerStage):
             await self._stage.close()
-        if isinstance(self._stage, HostStage) and not await self._kernel_lives():
-            await self._stage.remove()
+        # Whatever the access is now: a process that died may have left a stage behind.
+        if self._host_stage.data.exists() and not await self._kernel_lives():
+            await self._host_stage.remove()
 
     async def _kernel_lives(self) -> bool:
         survivor = await survivor_of(self._settings, self._session_id)
@@ -132,8 +134,8 @@ class Datasets:
         mounts = []
         if self._local is not None:
             mounts.append(Mount(self._local.root, LOCAL if self._stage is not None else DATA))
-        if isinstance(self._stage, HostStage):
-            mounts.append(Mount(self._stage.data, DATA))
+        if self._stage is self._host_stage:
+            mounts.append(Mount(self._host_stage.data, DATA))
         return tuple(mounts)
 
     def tmpfs(self) -> dict[str, str]:
@@ -195,6 +197,8 @@ class Datasets:
             names = ", ".join(name for name, _ in (await asyncio.to_thread(self._local.files))[:20])
             raise DatasetNotFound(f"no data set {dataset_id!r} in {self._local.root}; there are: {names or 'none'}")
         if dataset is None or dataset.status != "LOADED":
+            if self._fetch is None:
+                raise DatasetRefused(f"data set {dataset_id!r} cannot be fetched: give the manager a fetch_dataset")
             dataset = await asyncio.shield(self._begin(dataset_id))
         if dataset.status == "LOADED" and dataset_id not in self._selected:
             self._selected.add(dataset_id)

@@ -87,9 +87,21 @@ def test_a_missing_folder_is_named_before_anything_starts(tmp_path: Path, access
 
 
 @pytest.mark.parametrize("access", ["API", "HYBRID"])
-def test_a_missing_function_is_named_before_anything_starts(tmp_path: Path, access: str) -> None:
+async def test_a_missing_function_is_named_before_anything_starts(tmp_path: Path, access: str) -> None:
     with pytest.raises(SettingsError, match="fetch_dataset"):
-        make(tmp_path, access)
+        async with make(tmp_path, access):
+            pass
+    assert not (tmp_path / "store").exists()
+
+
+async def test_a_stage_that_a_dead_process_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    async with make(tmp_path, "API", fetch=lambda _: CSV) as datasets:
+        await datasets.select("x")
+        stage = datasets.mounts()[0].source
+    (stage / "sub").mkdir(parents=True)
+    async with make(tmp_path, "NONE"):
+        pass
+    assert list((tmp_path / "store" / "datasets" / ".sessions").iterdir()) == []
 
 
 async def test_none_refuses(tmp_path: Path) -> None:
