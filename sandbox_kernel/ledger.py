@@ -202,6 +202,10 @@ class Ledger:
         return result
 
     def _write(self, result: ExecutionResult, cell: Cell) -> None:
+        if cell.own and cell.status == "aborted":
+            # Another client's failing cell swept it out of the kernel's queue before it ran: the session sends it again.
+            self.recorder.retract(result.msg_id)
+            return
         self.recorder.finish(result.msg_id, **self.line(result, spool_error=cell.spool_error))
         # Cells of the session, over all its kernels: a restarted kernel counts from 1 again.
         count = self.recorder.metadata.get("execution_count")

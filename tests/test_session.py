@@ -184,8 +184,9 @@ class TestCells:
         try:
             await client.wait_for_ready(timeout=20)
             client.execute("import time; time.sleep(0.4); 1/0")
-            await asyncio.sleep(0.1)
+            await until(lambda: any(cell.running for cell in shared._feed.cells.values()))
             assert (await shared.execute("'not aborted'")).result == "'not aborted'"
+            assert len([e for e in events(shared) if e.get("code") == "'not aborted'"]) == 1
         finally:
             client.stop_channels()
 
@@ -199,8 +200,7 @@ class TestCells:
 
     async def test_cancelling_a_call_interrupts_its_cell(self, shared: Session) -> None:
         call = asyncio.create_task(shared.execute("while True: pass"))
-        await until(lambda: shared.busy)
-        await asyncio.sleep(0.2)
+        await until(lambda: any(cell.running for cell in shared._feed.cells.values()))
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
