@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import CancelledError, Future
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -28,8 +27,9 @@ from sandbox_kernel.artifacts.agent import (
     RemoteFile,
     RemoteFileInfo,
 )
+from sandbox_kernel.artifacts.feeding import Cell, put_chunks
 from sandbox_kernel.artifacts.observer import Waiting
-from sandbox_kernel.artifacts.store import ArtifactStore, Kind
+from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.errors import ArtifactError, ArtifactNotFound, ArtifactRefused
 from sandbox_kernel.events import Artifact
 from sandbox_kernel.untrusted import Refusal
@@ -42,8 +42,6 @@ MAX_QUIET_S = 60.0
 """While its cell runs a file is taken once it was closed and unchanged for QUIET_S, and for twice as long per further
 version: not each line of a log is one."""
 STATE_LIMIT = 8 * 2**20
-Cell = tuple[str | None, int | None]
-"""msg_id and execution_count of the cell that something is recorded under."""
 
 _log = logging.getLogger(__name__)
 
@@ -267,7 +265,7 @@ class RemoteSpool:
                 return
             async with self._agent.get(file.path, limit=self._store.max_artifact_bytes) as content:
                 source = _unchanged(content, file, force)
-                await _put(self._store, self._session_id, file.path, source, "file", cell, committed)
+                await put_chunks(self._store, self._session_id, file.path, source, "file", cell, committed)
         except (_Changed, Missing):
             return
         except ArtifactRefused as exc:
@@ -325,7 +323,7 @@ async def export_file(
     """
     try:
         async with agent.export(path, limit=store.max_artifact_bytes) as content:
-            return await _put(store, session_id, path.strip("/"), _steady(content), "export", cell)
+            return await put_chunks(store, session_id, path.strip("/"), _steady(content), "export", cell)
     except Missing as exc:
         raise ArtifactNotFound(f"{path!r} cannot be exported: there is no such file in the container") from exc
     except ArtifactRefused as exc:
@@ -337,62 +335,3 @@ async def _steady(content: RemoteFile) -> AsyncIterator[bytes]:
         yield chunk
     if content.changed:
         raise ArtifactRefused("it changed while it was read; export it once it is complete")
-
-
-async def _put(
-    store: ArtifactStore,
-    session_id: str,
-    path: str,
-    chunks: AsyncIterator[bytes],
-    kind: Kind,
-    cell: Cell,
-    committed: Callable[[Artifact], None] | None = None,
-) -> Artifact:
-    """``store.put_stream`` in a thread, fed from this loop; a cancelled caller leaves neither thread nor bytes."""
-    pieces = _Pieces(chunks, asyncio.get_running_loop())
-    writing = asyncio.ensure_future(
-        asyncio.to_thread(
-            store.put_stream, session_id, path, pieces, kind=kind, msg_id=cell[0], execution_count=cell[1]
-        )
-    )
-    try:
-        return await asyncio.shield(writing)
-    finally:
-        pieces.stop()
-        (done,) = await asyncio.gather(writing, return_exceptions=True)
-        if committed is not None and isinstance(done, Artifact):
-            committed(done)
-
-
-class _Pieces(Iterator[bytes]):
-    """An asynchronous stream as an iterator for a thread, in pieces of a megabyte: each costs a change of threads."""
-
-    SIZE = 2**20
-
-    def __init__(self, chunks: AsyncIterator[bytes], loop: asyncio.AbstractEventLoop) -> None:
-        self._chunks = chunks
-        self._loop = loop
-        self._next: Future[bytes] | None = None
-        self._stopped = False
-
-    def __next__(self) -> bytes:
-        if self._stopped:
-            raise CancelledError
-        self._next = asyncio.run_coroutine_threadsafe(self._piece(), self._loop)
-        piece = self._next.result()
-        if not piece:
-            raise StopIteration
-        return piece
-
-    async def _piece(self) -> bytes:
-        parts, size = [], 0
-        while size < self.SIZE and (chunk := await anext(self._chunks, b"")):
-            parts.append(chunk)
-            size += len(chunk)
-        return b"".join(parts)
-
-    def stop(self) -> None:
-        """From the loop: nothing more will come."""
-        self._stopped = True
-        if self._next is not None:
-            self._next.cancel()

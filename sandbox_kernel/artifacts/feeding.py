@@ -1,0 +1,72 @@
+"""Storing what arrives on an event loop: the store blocks, the stream does not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import CancelledError, Future
+
+from sandbox_kernel.artifacts.store import ArtifactStore, Kind
+from sandbox_kernel.events import Artifact
+
+Cell = tuple[str | None, int | None]
+"""msg_id and execution_count of the cell that something is recorded under."""
+
+
+async def put_chunks(
+    store: ArtifactStore,
+    session_id: str,
+    path: str,
+    chunks: AsyncIterator[bytes],
+    kind: Kind,
+    cell: Cell,
+    committed: Callable[[Artifact], None] | None = None,
+) -> Artifact:
+    """``store.put_stream`` in a thread, fed from this loop; a cancelled caller leaves neither thread nor bytes."""
+    pieces = _Pieces(chunks, asyncio.get_running_loop())
+    writing = asyncio.ensure_future(
+        asyncio.to_thread(
+            store.put_stream, session_id, path, pieces, kind=kind, msg_id=cell[0], execution_count=cell[1]
+        )
+    )
+    try:
+        return await asyncio.shield(writing)
+    finally:
+        pieces.stop()
+        (done,) = await asyncio.gather(writing, return_exceptions=True)
+        if committed is not None and isinstance(done, Artifact):
+            committed(done)
+
+
+class _Pieces(Iterator[bytes]):
+    """An asynchronous stream as an iterator for a thread, in pieces of a megabyte: each costs a change of threads."""
+
+    SIZE = 2**20
+
+    def __init__(self, chunks: AsyncIterator[bytes], loop: asyncio.AbstractEventLoop) -> None:
+        self._chunks = chunks
+        self._loop = loop
+        self._next: Future[bytes] | None = None
+        self._stopped = False
+
+    def __next__(self) -> bytes:
+        if self._stopped:
+            raise CancelledError
+        self._next = asyncio.run_coroutine_threadsafe(self._piece(), self._loop)
+        piece = self._next.result()
+        if not piece:
+            raise StopIteration
+        return piece
+
+    async def _piece(self) -> bytes:
+        parts, size = [], 0
+        while size < self.SIZE and (chunk := await anext(self._chunks, b"")):
+            parts.append(chunk)
+            size += len(chunk)
+        return b"".join(parts)
+
+    def stop(self) -> None:
+        """From the loop: nothing more will come."""
+        self._stopped = True
+        if self._next is not None:
+            self._next.cancel()
