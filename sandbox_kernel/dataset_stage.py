@@ -8,12 +8,13 @@ import json
 import os
 import shutil
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
 from sandbox_kernel.artifacts.agent import Agent, OpenStream
 from sandbox_kernel.dataset_cache import DatasetCache, FetchDataset, Progress, fetched_files, remove_tree
-from sandbox_kernel.errors import DatasetError
+from sandbox_kernel.errors import ArtifactError, DatasetError
 
 
 class Stage(Protocol):
@@ -96,17 +97,27 @@ class ContainerStage:
 
     def __init__(self, cache: DatasetCache) -> None:
         self._cache = cache
-        self._agent: Agent | None = None
+        self._open_stream: OpenStream | None = None
+        self._linked: set[tuple[str, str]] = set()
 
     def connect(self, open_stream: OpenStream) -> None:
         """``open_stream`` runs a command as the container's root."""
-        self._agent = Agent(open_stream)
+        self._open_stream = open_stream
 
-    @property
-    def agent(self) -> Agent:
-        if self._agent is None:
+    def emptied(self) -> None:
+        """The container is another one now: nothing is linked."""
+        self._linked.clear()
+
+    @asynccontextmanager
+    async def _agent(self) -> AsyncIterator[Agent]:
+        """One each time: it is asked for seldom, and a slow fetch must not hold up another, nor :meth:`link`."""
+        if self._open_stream is None:
             raise DatasetError("the session's container does not run yet")
-        return self._agent
+        agent = Agent(self._open_stream)
+        try:
+            yield agent
+        finally:
+            await agent.close()
 
     async def load(self, dataset_id: str, fetch: FetchDataset, progress: Progress) -> int:
         token, total = _token(dataset_id), 0
@@ -121,25 +132,27 @@ class ContainerStage:
 
         # What another session (BIND) has fetched already need not be fetched again.
         source: FetchDataset = (lambda _: cached) if cached.exists() else fetch
-        await self.agent.discard(token)
-        try:
-            async for name, chunks in fetched_files(source, dataset_id):
-                await self.agent.put(token, name, counted(chunks))
-            return await self.agent.publish(token, dataset_id)
-        except BaseException:
-            await asyncio.shield(self.agent.discard(token))
-            raise
+        async with self._agent() as agent:
+            await agent.discard(token)
+            try:
+                async for name, chunks in fetched_files(source, dataset_id):
+                    await agent.put(token, name, counted(chunks))
+                return await agent.publish(token, dataset_id)
+            except BaseException:
+                with suppress(ArtifactError):
+                    await asyncio.shield(agent.discard(token))
+                raise
 
     async def staged(self) -> list[tuple[str, int]]:
-        return await self.agent.selected()
+        async with self._agent() as agent:
+            return await agent.selected()
 
     async def link(self, links: Sequence[tuple[str, str]]) -> None:
-        if links:
-            await self.agent.link(links)
-
-    async def close(self) -> None:
-        if self._agent is not None:
-            await self._agent.close()
+        new = [link for link in links if link not in self._linked]
+        if new:
+            async with self._agent() as agent:
+                await agent.link(new)
+            self._linked.update(new)
 
 
 def _read_json(path: Path) -> list[object]:

@@ -117,8 +117,6 @@ class Datasets:
         for task in self._loading.values():
             task.cancel()
         await asyncio.gather(*self._loading.values(), return_exceptions=True)
-        if isinstance(self._stage, ContainerStage):
-            await self._stage.close()
         # Whatever the access is now: a process that died may have left a stage behind.
         if self._host_stage.data.exists() and not await self._kernel_lives():
             await self._host_stage.remove()
@@ -156,6 +154,7 @@ class Datasets:
             return
         self._restored = fresh
         if fresh:
+            self._stage.emptied()
             try:
                 await self._mirror()
             except ArtifactError as exc:

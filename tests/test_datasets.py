@@ -527,13 +527,38 @@ async def test_a_new_container_gets_what_was_selected(tmp_path: Path) -> None:
         await datasets.select("x")
         other = await asyncio.to_thread(Box, datasets, tmp_path)
         try:
-            await datasets._stage.close()  # type: ignore[union-attr]  # the old container's agent goes with it
             datasets.connect(other.exec_stream)
             await datasets.launched(True)
             assert (await datasets.select("x")).status == "LOADED"
             assert await other.python(read("/data/x")) == "8"
         finally:
             other.close()
+
+
+async def test_a_slow_fetch_holds_nothing_else_up(tmp_path: Path) -> None:
+    go = asyncio.Event()
+
+    async def fetch(name: str) -> AsyncIterator[bytes]:
+        return slow() if name == "slow" else chunks()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield CSV
+        await go.wait()
+
+    datasets = make(tmp_path, "HYBRID", "TMPFS", fetch=fetch)
+    async with boxed(datasets, tmp_path) as box:
+        waiting = asyncio.create_task(datasets.select("slow"))
+        found = await asyncio.gather(*(datasets.select(f"quick/{number}") for number in range(5)))
+        assert {d.status for d in found} == {"LOADED"}
+        (tmp_path / "local" / "later.csv").write_bytes(CSV)
+        assert {d.id: d.status for d in await datasets.list()}["slow"] == "PENDING"
+        assert await box.python(read("/data/later.csv")) == "8"
+        assert "FileNotFound" in await box.python(read("/data/slow"))
+        go.set()
+        assert (await waiting).status == "LOADED"
+        assert await box.python("import os; print(sorted(os.listdir('/data')))") == (
+            "['later.csv', 'own.csv', 'quick', 'sales', 'slow']"
+        )
 
 
 def test_no_thread_is_left(tmp_path: Path) -> None:

@@ -134,7 +134,6 @@ class Agent:
         target = os.path.join(self.staging(), token)
         if name:
             target = os.path.join(target, name)
-            os.makedirs(os.path.dirname(target), exist_ok=True)
         frames = self.frames()
         try:
             say(put=receive(frames, target))
@@ -215,7 +214,13 @@ class Agent:
 def receive(frames, target):
     """Writes ``frames`` into the new file ``target``; its size."""
     total = 0
-    file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    try:
+        file = os.open(target, flags, 0o444)
+    except FileNotFoundError:  # another agent tidied up in between
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        file = os.open(target, flags, 0o444)
     try:
         for frame in frames:
             if frame is None:
