@@ -30,7 +30,7 @@ def _session_ids(incomplete: str) -> list[str]:
 
 SessionId = Annotated[str, typer.Argument(metavar="ID", help="The session.", autocompletion=_session_ids)]
 SomeSessionIds = Annotated[
-    list[str] | None, typer.Argument(metavar="[ID]...", help="The sessions.", autocompletion=_session_ids)
+    list[str] | None, typer.Argument(metavar="ID", help="The sessions.", autocompletion=_session_ids)
 ]
 SessionName = Annotated[
     str | None, typer.Option("--session", "-s", metavar="ID", help="The session.", autocompletion=_session_ids)
