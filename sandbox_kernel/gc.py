@@ -6,6 +6,7 @@ Ours is told by labels and places, never by names: nothing of anybody else's is 
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from sandbox_kernel.directory import SessionLock
 from sandbox_kernel.errors import EngineError, SessionHeld, SessionNotFound
+from sandbox_kernel.pool import FOLDER
 from sandbox_kernel.provisioning import orphans
 from sandbox_kernel.provisioning.engine import Engine
 from sandbox_kernel.provisioning.runtime import RuntimeDirectory, runtime_base
@@ -72,6 +74,11 @@ def _orphans(root: Path) -> list[str]:
             continue
         RuntimeDirectory(folder.name, folder).remove()
         removed.append(f"runtime folder {folder.name}: its container is gone")
+    pool = root / FOLDER
+    for folder in sorted(pool.iterdir()) if pool.is_dir() else ():
+        if folder.name not in kernels and SessionLock.holder(folder / ".lock") is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            removed.append(f"folder {FOLDER}/{folder.name}: its spare kernel is gone")
     for network in engine.networks():
         if engine.remove_network(network):
             removed.append(f"network {network}: nothing uses it")

@@ -18,6 +18,7 @@ from sandbox_kernel.errors import SandboxError, SessionNotFound
 from sandbox_kernel.events import SessionInfo
 from sandbox_kernel.gc import collect
 from sandbox_kernel.masking import check_secrets
+from sandbox_kernel.pool import Pool
 from sandbox_kernel.provisioning.survey import Survivor, survivors
 from sandbox_kernel.session import Session
 from sandbox_kernel.settings import SessionStorage, Settings
@@ -41,6 +42,7 @@ class SessionManager:
         self._sessions: dict[str, Session] = {}
         self._opening: dict[str, asyncio.Lock] = {}
         self._store: ArtifactStore | None = None
+        self._pool = Pool(self.settings)
         self._reaper: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -53,6 +55,7 @@ class SessionManager:
 
     async def __aenter__(self) -> Self:
         await self._open_store()
+        self._pool.fill()
         if self.settings.idle_timeout_s is not None:
             self._reaper = asyncio.create_task(self._reap(self.settings.idle_timeout_s), name="idle sessions")
         return self
@@ -70,6 +73,7 @@ class SessionManager:
             with suppress(asyncio.CancelledError):
                 await self._reaper
             self._reaper = None
+        await self._pool.close()
         held = list(self._sessions.values())
         ends = [session.stop() if self.settings.stop_on_exit else session.detach() for session in held]
         problems = [problem for problem in await asyncio.gather(*ends, return_exceptions=True) if problem is not None]
@@ -136,6 +140,7 @@ class SessionManager:
             fetch_dataset=self._fetch_dataset,
             secrets=dict(secrets),
             attach_only=attach_only,
+            pool=self._pool,
         )
 
     async def stop(self, session_id: str) -> None:

@@ -255,11 +255,22 @@ class DockerProvisioner(SessionProvisioner):
         await self._require_watch().until(lambda found: not found.paused)
         self._paused_by_us = False
 
-    async def rename(self, spec: ContainerSpec) -> None:
-        """Give a spare's container to the session of ``spec``: its name; labels stay as they were made."""
-        engine, container = self._running()
-        await asyncio.to_thread(engine.rename, container, spec.name)
+    def assign(self, spec: ContainerSpec) -> None:
+        """Give a spare to the session of ``spec``, which has its kernel id; from now on it outlives this process."""
+        assert spec.session_id is not None
+        assert spec.kernel_id == self.kernel_id
+        self._require_runtime().assign(spec.session_id)
         self.spec = spec
+
+    async def rename(self) -> None:
+        """Have the container of a spare that was assigned carry its session's name. Raises ContainerConflict."""
+        engine, container = self._running()
+        spec = self._require_spec()
+        try:
+            await asyncio.to_thread(engine.rename, container, spec.name)
+        except ContainerConflict:
+            await asyncio.to_thread(make_room, engine, spec)
+            await asyncio.to_thread(engine.rename, container, spec.name)
 
     def detach(self) -> None:
         if self._watch is not None:

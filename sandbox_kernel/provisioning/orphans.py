@@ -1,7 +1,7 @@
 """Containers of ours that were left: a dead one of the session that starts again, those of killed Jupyter programs.
 
 A session's container outlives its host process on purpose; a notebook's does not, just as a local kernel ends with the
-program that started it.
+program that started it, and neither does a spare of the pool that no session has claimed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from sandbox_kernel.errors import ContainerConflict, SandboxError
 from sandbox_kernel.provisioning.container import ContainerSpec
 from sandbox_kernel.provisioning.engine import MANAGED, Engine, NotThere
-from sandbox_kernel.provisioning.runtime import RuntimeDirectory, runtime_base
+from sandbox_kernel.provisioning.runtime import RuntimeDirectory, runtime_base, session_of
 
 OWNER = "sandbox-kernel.owner"
 """Label with the process a container must not outlive: ``<boot id> <pid> <start time>``."""
@@ -36,7 +36,7 @@ def sweep(engine: Engine) -> list[str]:
     for found in engine.containers():
         labels = found["Labels"]
         owner = labels.get(OWNER, "").split()
-        if len(owner) != 3 or process_identity(int(owner[1])) == " ".join(owner):
+        if len(owner) != 3 or process_identity(int(owner[1])) == " ".join(owner) or session_of(labels):
             continue
         engine.remove(found["Id"])
         path = Path(labels.get("sandbox-kernel.runtime", ""))
@@ -71,9 +71,6 @@ def make_room(engine: Engine, spec: ContainerSpec) -> None:
         )
     if found["State"]["Running"]:
         raise ContainerConflict(f"the container {who} still runs; get() its session instead of starting it, or stop it")
-    if (
-        labels.get("sandbox-kernel.kernel") != spec.kernel_id
-        and labels.get("sandbox-kernel.session") != spec.session_id
-    ):
+    if labels.get("sandbox-kernel.kernel") != spec.kernel_id and session_of(labels) != spec.session_id:
         raise ContainerConflict(f"the container {who} belongs to another session of ours; run: sandbox-kernel gc")
     engine.remove(found["Id"])

@@ -4,7 +4,8 @@
     ├── boot/                      mounted read-only at /opt/sandbox-kernel
     │   ├── launch.py, hook.py ... copies: an upgrade of this package does not change a running container
     │   └── boot/{connection,options}.json
-    └── s/                         owned by the kernel's uid, mounted at /run/kernel
+    ├── s/                         owned by the kernel's uid, mounted at /run/kernel
+    └── session                    the session that claimed this kernel out of the pool
 
 ``<base>`` is ``$XDG_RUNTIME_DIR/sandbox-kernel``; for root ``/run/sandbox-kernel``; else ``/tmp/sandbox-kernel-<uid>``.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Mapping
@@ -26,6 +28,7 @@ import zmq
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_core.paths import jupyter_runtime_dir, secure_write
 
+from sandbox_kernel.directory import replace_file, session_id_rule
 from sandbox_kernel.errors import ConnectionFileError, SettingsError
 
 BOOT = "/opt/sandbox-kernel"
@@ -36,6 +39,8 @@ PORTS = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
 """In the container, port n of ``PORTS`` is ``TCP_BASE + n``, its socket ``/run/kernel/k-<n + 1>``."""
 TCP_BASE = 9001
 
+_SESSION = "session"
+"""File with the id of the session that claimed a spare."""
 _PATH_LIMIT = 107
 """Bytes of a Unix socket's path (sockaddr_un)."""
 
@@ -99,6 +104,20 @@ def runtime_base() -> Path:
     return base
 
 
+def session_of(labels: Mapping[str, str]) -> str | None:
+    """The session whose kernel a container of ours runs: its label, or, where it was a spare, what `assign` noted."""
+    if labels.get("sandbox-kernel.session"):
+        return labels["sandbox-kernel.session"]
+    path = Path(labels.get("sandbox-kernel.runtime", ""))
+    if path.parent != runtime_base():  # a label is no licence to read any file
+        return None
+    try:
+        found = (path / _SESSION).read_text()
+    except OSError:
+        return None
+    return found if re.fullmatch(session_id_rule, found) else None
+
+
 class RuntimeDirectory:
     """See the module. Making the object touches nothing."""
 
@@ -143,6 +162,10 @@ class RuntimeDirectory:
             target = self.boot / name
             target.write_bytes(data)
             target.chmod(0o644)
+
+    def assign(self, session_id: str) -> None:
+        """Note whose kernel this has become: the labels of a spare's container cannot change."""
+        replace_file(self.path / _SESSION, session_id.encode())
 
     def keys(self) -> Keys:
         """The running kernel's keys, out of ``boot/`` (which the kernel cannot write). Raises ConnectionFileError."""

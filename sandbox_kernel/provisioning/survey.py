@@ -10,7 +10,7 @@ from pathlib import Path
 from sandbox_kernel.errors import EngineError
 from sandbox_kernel.provisioning.container import root_hash
 from sandbox_kernel.provisioning.engine import Engine
-from sandbox_kernel.provisioning.runtime import runtime_base
+from sandbox_kernel.provisioning.runtime import runtime_base, session_of
 from sandbox_kernel.settings import Settings
 
 
@@ -55,7 +55,7 @@ def _survivors(settings: Settings) -> list[Survivor]:
     found = []
     for entry in Engine.shared().containers(root=root_hash(settings.sessions_root)):
         labels = entry.get("Labels") or {}
-        session_id = labels.get("sandbox-kernel.session")
+        session_id = session_of(labels)
         if session_id:
             found.append(
                 Survivor(
