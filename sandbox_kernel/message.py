@@ -1,0 +1,79 @@
+"""A message out of a kernel's hands: its frames, checked and read, or refused.
+
+The kernel holds the key, so a good signature only says that it came from there. What passes here has the shape that
+the Feed relies on and costs the host a bounded amount of memory, whatever it was made to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from jupyter_client.session import Session as WireSession
+
+Message = dict[str, Any]
+
+MAX_STRUCTURE = 16 * 2**20
+"""Bytes of one frame outside its strings. Text is as long as it is; ``[{},{},{}...]`` takes 25 times its size."""
+MAX_STRINGS = 2**21
+MAX_DEPTH = 100
+"""What is nested more deeply cannot be written down again without exhausting Python's stack."""
+MAX_NUMBER = 2**53
+
+
+def read_message(wire: WireSession, frames: list[bytes]) -> Message:
+    """The message in ``frames``. Raises ValueError for one that is not to be believed, and whatever parsing it does."""
+    _, parts = wire.feed_identities(frames)
+    # signature, header, parent header, metadata, content, buffers
+    for part in parts[1:5]:
+        if len(part) > MAX_STRUCTURE and _bloated(part):
+            raise ValueError("a message that would take many times its size in memory")
+    message: Message = wire.deserialize(parts)
+    header, parent, content = (message.get(name) for name in ("header", "parent_header", "content"))
+    if not isinstance(header, dict) or not isinstance(parent, dict) or not isinstance(content, dict):
+        raise ValueError("header, parent header and content must be objects")
+    if not isinstance(message.get("msg_type"), str):
+        raise ValueError("msg_type must be text")
+    for name in ("msg_id", "session", "username"):
+        if not isinstance(parent.get(name, ""), str) or len(parent.get(name, "")) > 1000:
+            raise ValueError(f"{name} must be short text")
+    if _nested(parts[1:5]):
+        _check_depth((header, parent, content), MAX_DEPTH)
+    if any(b"\\ud" in part or b"\\uD" in part for part in parts[1:5]):
+        # Half a surrogate pair is no text that a file could hold: it becomes its escape, in keys too.
+        for name in ("header", "parent_header", "content", "msg_type"):
+            message[name] = _cleaned(message[name])
+    return message
+
+
+def count_of(value: Any) -> int | None:
+    """``value`` as an execution count, None for anything that is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_NUMBER else None
+
+
+def _bloated(part: bytes) -> bool:
+    plain = part.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if plain.count(b'"') > 2 * MAX_STRINGS:
+        return True
+    return sum(map(len, plain.split(b'"')[::2])) > MAX_STRUCTURE
+
+
+def _nested(parts: Iterable[bytes]) -> bool:
+    return any(part.count(b"[") + part.count(b"{") > MAX_DEPTH for part in parts)
+
+
+def _check_depth(value: Any, left: int) -> None:
+    if isinstance(value, (dict, list, tuple)):
+        if left <= 0:
+            raise ValueError("nested too deeply")
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, (dict, list)):
+                _check_depth(item, left - 1)
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_cleaned(key): _cleaned(item) for key, item in value.items()}
+    return [_cleaned(item) for item in value] if isinstance(value, list) else value
