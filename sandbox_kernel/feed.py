@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sandbox_kernel.events import CellError, CellEvent, Status, strip_ansi, utc_now
+from sandbox_kernel.message import Message, count_of
 from sandbox_kernel.outputs import OutputCollector, clean
-
-Message = dict[str, Any]
 
 REPLY_GRACE_S = 0.5
 """How long after idle the reply may still come."""
@@ -143,8 +142,8 @@ class Feed:
         if cell is None:
             return
         cell.reply = message
-        count = message["content"].get("execution_count")
-        if isinstance(count, int):
+        count = count_of(message["content"].get("execution_count"))
+        if count is not None:
             cell.execution_count = count
         if cell.idle:
             self._finish(cell)
@@ -189,8 +188,8 @@ class Feed:
                 return
             code = clean(content.get("code", ""))
             cell = self.cells[msg_id] = Cell(msg_id, code, origin_of(parent), self._collector(msg_id), own=False)
-        count = content.get("execution_count")
-        if isinstance(count, int):
+        count = count_of(content.get("execution_count"))
+        if count is not None:
             cell.execution_count = count
             self.execution_count = max(self.execution_count, count)
         cell.running = True

@@ -11,7 +11,9 @@ A kernel can replace its Unix sockets by links to sockets of the host. So each i
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,7 +24,10 @@ import zmq
 from jupyter_client.session import Session as WireSession
 
 from sandbox_kernel.errors import ConnectionFileError, KernelStartError
-from sandbox_kernel.feed import Feed, Message
+from sandbox_kernel.feed import Feed
+from sandbox_kernel.message import Message, read_message
+
+log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 256 * 2**20
 """zmq refuses a larger message and drops the connection: it would only fill the host's memory."""
@@ -59,7 +64,7 @@ class Channel:
         self._fd = cast(int, socket.getsockopt(zmq.FD))
         self._open = True
         self.unreadable = 0
-        """Messages that were no valid message (bad signature, not JSON): counted and dropped."""
+        """Messages that were no valid message (bad signature, not JSON, of another shape): counted and dropped."""
         self._loop.add_reader(self._fd, self.read)
         self._loop.call_soon(self.read)  # the descriptor tells of nothing before a first look
 
@@ -79,14 +84,11 @@ class Channel:
             except zmq.ZMQError:
                 return
             try:
-                _, parts = self._wire.feed_identities(frames)
-                message = self._wire.deserialize(parts)
-                if not isinstance(message.get("content"), dict):
-                    raise ValueError("content is no object")
-            except Exception:  # whatever a hostile kernel sends, the reader goes on
+                self._deliver(read_message(self._wire, frames))
+            except Exception as exc:  # whatever a hostile kernel sends, the reader goes on
                 self.unreadable += 1
-                continue
-            self._deliver(message)
+                if self.unreadable <= 3:
+                    log.warning("a message of the kernel was dropped: %s", repr(exc)[:200])
         self._loop.call_soon(self.read)
 
     def close(self) -> None:
@@ -234,7 +236,11 @@ class Kernel:
 
     def message(self, msg_type: str, content: Message | None = None) -> Message:
         """A new message; its ``header.msg_id`` is known before it is sent."""
-        return dict(self._wire.msg(msg_type, content=content or {}))
+        message: Message = dict(self._wire.msg(msg_type, content=content or {}))
+        # The ids it draws count from 1 again after a restart of the kernel: a cell would be taken for an earlier one.
+        # And what cannot be guessed cannot be answered before it is sent.
+        message["msg_id"] = message["header"]["msg_id"] = secrets.token_hex(16)
+        return message
 
     def send_execute(self, message: Message) -> None:
         """Send an execute_request made with :meth:`message` whose cell the Feed already expects."""
@@ -291,7 +297,7 @@ class Kernel:
             self._channels["shell"].send(self.message("kernel_info_request"))
 
     def _answer(self, message: Message) -> None:
-        future = self._replies.get((message.get("parent_header") or {}).get("msg_id", ""))
+        future = self._replies.get(message["parent_header"].get("msg_id", ""))
         if future is not None and not future.done():
             future.set_result(message)
 
