@@ -49,6 +49,10 @@ class Cell:
         self.finished = asyncio.Event()
         self.listener: Callable[[CellEvent], None] | None = None
         """Called with each event while the cell runs."""
+        self.adopted = False
+        """A process before us sent it, or let it run: how it ended is told by the kernel's own journal."""
+        self.note: str | None = None
+        """What the log is to say of it besides."""
         self.spool_error: OSError | None = None
         """The whole of a long output could not be kept (disk full); head and tail are."""
 
@@ -111,6 +115,8 @@ class Feed:
         self._past: OrderedDict[str, int | None] = OrderedDict()
         self.execution_count = 0
         """The highest count seen."""
+        self.on_adopted_idle: Callable[[Cell], None] | None = None
+        """Called when the kernel is done with an adopted cell; ends in :meth:`conclude`."""
 
     def expect(self, msg_id: str, code: str, listener: Callable[[CellEvent], None] | None) -> Cell:
         """A cell of ours that is about to be sent."""
@@ -118,16 +124,25 @@ class Feed:
         cell.listener = listener
         return cell
 
-    def adopt(self, msg_id: str, code: str, *, started_at: datetime | None) -> Cell:
-        """A cell that a process before us sent and that the kernel is still running."""
-        cell = self.expect(msg_id, code, None)
-        cell.running = True
+    def adopt(self, msg_id: str, code: str, *, started_at: datetime | None, origin: str = OWN_ORIGIN) -> Cell:
+        """A cell from before our time, whose end is still to come or not yet known."""
+        cell = self.cells[msg_id] = Cell(msg_id, code, origin, self._collector(msg_id), own=False)
+        cell.adopted = True
         if started_at is not None:
             cell.started_at = started_at
+            # The clock may have jumped meanwhile.
             cell.started -= max(0.0, (utc_now() - started_at).total_seconds())
-        # Its reply goes to the dead client's socket: idle alone ends it.
-        cell.own = False
         return cell
+
+    def conclude(self, cell: Cell, reply: Message | None) -> None:
+        """End an adopted cell; ``reply``: what its reply said as far as the kernel's journal knows."""
+        if cell.reply is None and reply is not None:
+            cell.reply = {"content": reply}
+        self._finish(cell)
+
+    def knows(self, msg_id: str) -> bool:
+        """Whether the cell runs, waits, or ended a short while ago."""
+        return msg_id in self.cells or msg_id in self._past
 
     def _collector(self, msg_id: str) -> OutputCollector:
         return OutputCollector(msg_id, self._limit, self._spool_dir)
@@ -175,7 +190,11 @@ class Feed:
         if cell is None or state != "idle":
             return
         cell.idle = True
-        if not cell.own or cell.reply is not None:
+        if cell.adopted and cell.reply is None:
+            # Its error may have been published before we listened.
+            if self.on_adopted_idle is not None:
+                self.on_adopted_idle(cell)
+        elif not cell.own or cell.reply is not None:
             self._finish(cell)
         else:
             asyncio.get_running_loop().call_later(REPLY_GRACE_S, self._finish, cell)

@@ -117,7 +117,8 @@ class Kernel:
         self._channels: dict[str, Channel] = {}
         self._pins: list[int] = []
         self._replies: dict[str, asyncio.Future[Message]] = {}
-        self._feed: Feed | None = None
+        self._idles: dict[str, asyncio.Future[None]] = {}
+        self.feed: Feed | None = None
         self._welcome: asyncio.Future[None] | None = None
         self.on_disconnected: Callable[[Kernel], None] | None = None
         """Called when the kernel's process has let go of its control socket: it ended, or somebody restarted it."""
@@ -125,13 +126,14 @@ class Kernel:
 
     # -- life ------------------------------------------------------------------------------
 
-    async def connect(self, feed: Feed, *, timeout: float) -> Message:
+    async def connect(self, feed: Feed | None, *, timeout: float) -> Message:
         """Open the channels and wait for the iopub subscription and the kernel_info reply, whose content is returned.
 
+        Without ``feed`` what the kernel says is dropped until :attr:`feed` is set (a spare's session comes later).
         Raises KernelStartError when nothing answers within ``timeout`` seconds.
         """
         loop = asyncio.get_running_loop()
-        self._feed = feed
+        self.feed = feed
         self._welcome = loop.create_future()
         try:
             with _translated(self._info):
@@ -168,9 +170,12 @@ class Kernel:
         for pin in self._pins:
             os.close(pin)
         self._pins.clear()
-        for future in self._replies.values():
-            future.cancel()
+        for reply in self._replies.values():
+            reply.cancel()
+        for idle in self._idles.values():
+            idle.cancel()
         self._replies.clear()
+        self._idles.clear()
 
     def _open(self, name: str, kind: int, deliver: Callable[[Message], None]) -> None:
         socket = _context().socket(kind)
@@ -258,6 +263,20 @@ class Kernel:
         finally:
             self._replies.pop(msg_id, None)
 
+    async def caught_up(self) -> None:
+        """Return when the kernel has dealt with all that it was sent before, and what it said of that has been read.
+
+        Shell is first in, first out, and iopub tells in order: the idle of a request of ours comes after the rest.
+        """
+        message = self.message("kernel_info_request")
+        msg_id = message["header"]["msg_id"]
+        idle = self._idles[msg_id] = asyncio.get_running_loop().create_future()
+        self._channels["shell"].send(message)
+        try:
+            await idle
+        finally:
+            self._idles.pop(msg_id, None)
+
     def interrupt(self) -> None:
         """Ask the kernel to interrupt itself. Returns at once: whether the cell ends is seen in the Feed."""
         if "control" in self._channels:
@@ -287,8 +306,8 @@ class Kernel:
 
     def _on_shell(self, message: Message) -> None:
         self._answer(message)
-        if self._feed is not None:
-            self._feed.shell(message)
+        if self.feed is not None:
+            self.feed.shell(message)
 
     def _on_control(self, message: Message) -> None:
         self._answer(message)
@@ -306,5 +325,9 @@ class Kernel:
         # Any message proves the subscription, the welcome or the busy of our own request alike.
         if self._welcome is not None and not self._welcome.done():
             self._welcome.set_result(None)
-        if self._feed is not None:
-            self._feed.iopub(message)
+        if self.feed is not None:
+            self.feed.iopub(message)
+        if self._idles and message.get("msg_type") == "status" and message["content"].get("execution_state") == "idle":
+            idle = self._idles.get((message.get("parent_header") or {}).get("msg_id", ""))
+            if idle is not None and not idle.done():
+                idle.set_result(None)

@@ -140,7 +140,7 @@ class Ledger:
                 msg_id=msg_id,
                 execution_count=execution_count,
                 name=name,
-                text=self._masked("".join(texts)),
+                text=self.masked("".join(texts)),
             )
 
     # -- lines -----------------------------------------------------------------------------
@@ -203,10 +203,15 @@ class Ledger:
 
     def _write(self, result: ExecutionResult, cell: Cell) -> None:
         if cell.own and cell.status == "aborted":
-            # Another client's failing cell swept it out of the kernel's queue before it ran: the session sends it again.
-            self.recorder.retract(result.msg_id)
+            # Another client's failing cell swept it out of the kernel's queue before it ran: the session sends it
+            # again, and takes it back only when it has been accepted anew.
             return
-        self.recorder.finish(result.msg_id, **self.line(result, spool_error=cell.spool_error))
+        note = {} if cell.note is None else {"note": cell.note}
+        self.write(result.msg_id, **self.line(result, spool_error=cell.spool_error), **note)
+
+    def write(self, msg_id: str, **line: Any) -> None:
+        """A ``code_execution`` line (masked already) and the count of cells. Raises RecordError."""
+        self.recorder.finish(msg_id, **line)
         # Cells of the session, over all its kernels: a restarted kernel counts from 1 again.
         count = self.recorder.metadata.get("execution_count")
         self.recorder.update_metadata(last_used=timestamp(), execution_count=count + 1 if isinstance(count, int) else 1)
@@ -215,13 +220,13 @@ class Ledger:
         """The fields of a ``code_execution`` line."""
         outputs = self._mask_outputs(for_log(result.outputs, self._put_blob)) if result.outputs else []
         fields: dict[str, Any] = {
-            "code": self._masked(result.code),
+            "code": self.masked(result.code),
             "success": result.success,
-            "stdout": self._masked(result.stdout),
-            "stderr": self._masked(result.stderr),
+            "stdout": self.masked(result.stdout),
+            "stderr": self.masked(result.stderr),
             "status": result.status,
-            "result": None if result.result is None else self._masked(result.result),
-            "error": self._mask_tree(result.error.model_dump()) if result.error is not None else None,
+            "result": None if result.result is None else self.masked(result.result),
+            "error": self.masked_tree(result.error.model_dump()) if result.error is not None else None,
             "execution_count": result.execution_count,
             "origin": result.origin,
             "started_at": result.started_at.isoformat(),
@@ -269,19 +274,20 @@ class Ledger:
 
     # -- masking ---------------------------------------------------------------------------
 
-    def _masked(self, text: str) -> str:
+    def masked(self, text: str) -> str:
+        """``text`` without the values of the session's secrets."""
         return text if self._mask is None else self._mask(text)
 
     def _mask_outputs(self, outputs: list[Output]) -> list[Output]:
-        return outputs if self._mask is None else [self._mask_tree(output) for output in outputs]
+        return outputs if self._mask is None else [self.masked_tree(output) for output in outputs]
 
-    def _mask_tree(self, value: Any) -> Any:
+    def masked_tree(self, value: Any) -> Any:
         if self._mask is None:
             return value
         if isinstance(value, str):
             return self._mask(value)
         if isinstance(value, dict):
-            return {self._masked(str(key)): self._mask_tree(item) for key, item in value.items()}
+            return {self.masked(str(key)): self.masked_tree(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [self._mask_tree(item) for item in value]
+            return [self.masked_tree(item) for item in value]
         return value

@@ -29,6 +29,10 @@ REJOIN_S = 1.0
 """One attempt to reach a kernel that somebody else restarted."""
 
 
+class _Died(KernelStartError):
+    """The kernel ended before it answered."""
+
+
 class Provisioner(Protocol):
     """What the lifecycle needs of ``provisioning.docker.DockerProvisioner`` and its kin."""
 
@@ -56,6 +60,31 @@ class Provisioner(Protocol):
 
     def detach(self) -> None:
         """Let go of a kernel that lives on."""
+
+
+async def answered(
+    provisioner: Provisioner, kernel: Kernel, feed: Feed | None, *, timeout: float
+) -> asyncio.Future[KernelDeath]:
+    """Connect to a kernel that was just launched; what tells of its death from now on.
+
+    Raises KernelStartError when it dies or does not answer within ``timeout`` seconds; the connection is closed then.
+    """
+    dead = asyncio.ensure_future(provisioner.wait_dead())
+    answer = asyncio.ensure_future(kernel.connect(feed, timeout=timeout))
+    try:
+        await asyncio.wait((dead, answer), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            death = await dead
+            raise _Died(f"the kernel died while it started: {death.message}")
+        await answer
+    except BaseException:
+        dead.cancel()
+        answer.cancel()
+        with suppress(BaseException):
+            await asyncio.gather(dead, answer, return_exceptions=True)
+        kernel.close()
+        raise
+    return dead
 
 
 class Lifecycle:
@@ -99,28 +128,44 @@ class Lifecycle:
         await self._connect(await self.provisioner.launch(), fresh=True)
 
     async def attach(self, container_id: str) -> None:
-        """Take over the living kernel of a process that died. Raises EngineError when it is gone."""
-        await self._connect(await self.provisioner.attach(container_id), fresh=False)
+        """Take over the living kernel of a process that died; one that is just being restarted is waited for.
 
-    async def _connect(self, info: Mapping[str, Any], *, fresh: bool) -> None:
+        Raises EngineError when it is gone, ConnectionFileError when its keys are, KernelStartError when it does not
+        answer within ``start_timeout_s``.
+        """
+        info = await self.provisioner.attach(container_id)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.start_timeout_s
+        while True:
+            try:
+                return await self._connect(info, fresh=False, timeout=REJOIN_S)
+            except _Died as exc:
+                raise EngineError(str(exc)) from exc
+            except KernelStartError:
+                if loop.time() > deadline:
+                    raise
+                await asyncio.sleep(0.02)  # until the fresh kernel's sockets are there
+
+    async def adopt(self, kernel: Kernel, info: Mapping[str, Any], dead: asyncio.Future[KernelDeath]) -> None:
+        """Take a spare's kernel, which is connected; ``dead`` is its provisioner's ``wait_dead``."""
+        kernel.feed = self._feed
+        await self._begin(kernel, info, dead, fresh=True)
+
+    async def _connect(self, info: Mapping[str, Any], *, fresh: bool, timeout: float | None = None) -> None:
         kernel = Kernel(info, client_session=self._client_session)
-        dead = asyncio.ensure_future(self.provisioner.wait_dead())
-        answer = asyncio.ensure_future(kernel.connect(self._feed, timeout=self._settings.start_timeout_s))
         try:
-            await asyncio.wait((dead, answer), return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                death = await dead
-                raise KernelStartError(f"the kernel died while it started: {death.message}")
-            await answer
+            dead = await answered(
+                self.provisioner, kernel, self._feed, timeout=timeout or self._settings.start_timeout_s
+            )
         except BaseException:
-            dead.cancel()
-            answer.cancel()
-            with suppress(BaseException):
-                await asyncio.gather(dead, answer, return_exceptions=True)
-            kernel.close()
             if fresh:
                 await self.provisioner.remove()
             raise
+        await self._begin(kernel, info, dead, fresh=fresh)
+
+    async def _begin(
+        self, kernel: Kernel, info: Mapping[str, Any], dead: asyncio.Future[KernelDeath], *, fresh: bool
+    ) -> None:
         self.kernel, self.connection_info = kernel, info
         kernel.on_disconnected = self._lost
         self._mourner = asyncio.create_task(self._mourn(dead), name=f"mourner {self._session_id}")

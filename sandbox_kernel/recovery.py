@@ -2,6 +2,9 @@
 
 What is known then: ``.pending`` (what was sent and has no line), ``state/cells.jsonl`` (the hook's own journal of cells
 that began and ended: written by the kernel, so a hint and no proof) and, if the kernel lives, the kernel itself.
+
+The Feed adopts the pending cells before it listens, so that what they still print is theirs. Each ends in one way: by
+the Feed, the journal, or the kernel's answer to a request that came after it (its shell is first in, first out).
 """
 
 from __future__ import annotations
@@ -9,109 +12,209 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
 from sandbox_kernel.artifacts.store import ArtifactStore
-from sandbox_kernel.errors import RecordError, SandboxError
-from sandbox_kernel.feed import Feed, origin_of
+from sandbox_kernel.errors import RecordError
+from sandbox_kernel.events import KernelDeath, utc_now
+from sandbox_kernel.feed import REPLY_GRACE_S, Cell, Feed, origin_of
 from sandbox_kernel.ledger import Ledger
 from sandbox_kernel.lifecycle import Lifecycle
+from sandbox_kernel.logfile import iter_log_backwards
 from sandbox_kernel.record import NoRecorder, Recorder
 from sandbox_kernel.workspace import Workspace
 
 NOTE = "ran while no host process was attached: what it printed then is not known"
-Ended = dict[str, dict[str, Any]]
+Entry = dict[str, Any]
+Journal = dict[str, Entry]
 
 
 def log_unlogged(ledger: Ledger, store: ArtifactStore) -> None:
-    """Write the ``artifacts_created`` lines that a death kept from being written."""
+    """Write the ``artifacts_created`` lines that a death kept from being written; those that stand are only noted."""
     left = store.unlogged(ledger.session_id)
-    if left:
-        ledger.created(left)
-
-
-async def close_books(
-    ledger: Ledger,
-    recorder: Recorder | NoRecorder,
-    workspace: Workspace,
-    feed: Feed,
-    lifecycle: Lifecycle,
-    client_session: str,
-) -> None:
-    """The kernel lives: cells that have ended get their line, the one that runs is adopted by the Feed.
-
-    A request that the kernel has not begun with may still be in its queue. Whether it is shows when the kernel answers
-    a request that came after it (its shell is first in, first out); until then such a cell is adopted too.
-    """
-    journal = _latest(await workspace.read_journal())
-    pending = {cell.msg_id: cell for cell in recorder.pending()}
-    for msg_id, cell in pending.items():
-        known = journal.get(msg_id)
-        if known is not None and known.get("ended_at"):
-            _write(recorder, known, code=cell.code, origin="sandbox-kernel")
-        else:
-            began = _when((known or {}).get("started_at")) or _when(cell.timestamp)
-            adopted = feed.adopt(msg_id, cell.code, started_at=began)
-            adopted.running = known is not None
-    _strangers(recorder, journal, client_session)
-    count = max([known.get("execution_count") or 0 for known in journal.values()], default=0)
-    feed.execution_count = max(feed.execution_count, count)
-    if feed.cells:
-        lifecycle.spawn(_settle(recorder, workspace, feed, lifecycle))
-
-
-async def _settle(recorder: Recorder | NoRecorder, workspace: Workspace, feed: Feed, lifecycle: Lifecycle) -> None:
-    """Wait until the kernel has answered what came after the adopted cells, then end those nobody saw end."""
-    adopted = list(feed.cells.values())
-    kernel = lifecycle.kernel
-    if kernel is None:
+    if not left:
         return
-    with suppress(asyncio.CancelledError):
-        await kernel.request("shell", "kernel_info_request")
-    journal = _latest(await workspace.read_journal())
-    for cell in adopted:
-        known = journal.get(cell.msg_id)
-        if cell.msg_id not in feed.cells:
-            continue
-        if known is not None and known.get("ended_at"):
-            cell.execution_count = _int(known.get("execution_count"))
-            feed.abandon(cell, _status(known))
-        else:
-            feed.abandon(cell, "unknown")
+    missing = {artifact.id for artifact in left}
+    if isinstance(ledger.recorder, Recorder):
+        missing -= _logged(ledger.recorder, missing)
+    store.mark_logged([artifact.id for artifact in left if artifact.id not in missing])
+    if missing:
+        ledger.created([artifact for artifact in left if artifact.id in missing])
 
 
-async def container_gone(
-    ledger: Ledger, recorder: Recorder | NoRecorder, workspace: Workspace, client_session: str, why: str
-) -> None:
-    """The container is gone as well: every accepted cell gets its line, and the log says what happened."""
-    journal = _latest(await workspace.read_journal())
-    for cell in recorder.pending():
-        known = journal.get(cell.msg_id)
-        if known is not None and known.get("ended_at"):
-            _write(recorder, known, code=cell.code, origin="sandbox-kernel")
-        else:
-            status: Literal["kernel_died", "unknown"] = "kernel_died" if known is not None else "unknown"
-            recorder.finish(
-                cell.msg_id, code=cell.code, success=False, stdout="", status=status, origin="sandbox-kernel", note=NOTE
-            )
-    _strangers(recorder, journal, client_session)
-    recorder.append("kernel_died", cause="removed", message=f"the container was gone when the host came back: {why}")
-    with suppress(SandboxError):
-        await ledger.watch.drain() if ledger.watch is not None else None
+def _logged(recorder: Recorder, wanted: set[str]) -> set[str]:
+    """Which of these artifacts have their line, looking back to the start before the last: files may come first."""
+    found: set[str] = set()
+    starts = 0
+    for entry in iter_log_backwards(recorder.directory.log):
+        if entry.get("event") == "artifacts_created" and isinstance(entry.get("artifacts"), list):
+            found |= wanted.intersection(row.get("id") for row in entry["artifacts"] if isinstance(row, dict))
+        starts += entry.get("event") == "session_started"
+        if starts == 2 or found == wanted:
+            break
+    return found
 
 
-def _strangers(recorder: Recorder | NoRecorder, journal: Ended, client_session: str) -> None:
-    """Cells that other clients ran while nobody listened."""
-    for msg_id, known in journal.items():
-        if not known.get("ended_at") or known.get("session") == client_session or recorder.seen(msg_id):
-            continue
-        header = {"session": known.get("session", ""), "username": known.get("username", "")}
-        _write(recorder, known, code=str(known.get("code", "")), origin=origin_of(header))
+def may_run(recorder: Recorder, lines: list[Entry]) -> list[str]:
+    """Cells that a living kernel may be running, the likeliest last: until they have ended their files stay."""
+    begun = [
+        msg_id for msg_id, entry in _by_cell(lines).items() if not entry.get("ended_at") and not recorder.seen(msg_id)
+    ]
+    return [cell.msg_id for cell in recorder.pending()[:1]] + begun[-1:]
 
 
-def _latest(lines: list[dict[str, Any]]) -> Ended:
-    """The journal by msg_id: the line of the end where there is one, with what the line of the start said."""
-    cells: Ended = {}
+class Takeover:
+    """The books of one session that a dead process left open."""
+
+    def __init__(
+        self, ledger: Ledger, recorder: Recorder | NoRecorder, workspace: Workspace, feed: Feed, client_session: str
+    ) -> None:
+        """Adopts the pending cells."""
+        self._ledger, self._recorder, self._workspace, self._feed = ledger, recorder, workspace, feed
+        self._client_session = client_session
+        self._limits: dict[str, float | None] = {}
+        for cell in recorder.pending():
+            feed.adopt(cell.msg_id, cell.code, started_at=_when(cell.timestamp))
+            limit = cell.fields.get("timeout")
+            self._limits[cell.msg_id] = float(limit) if isinstance(limit, int | float) else None
+
+    # -- the kernel lives ------------------------------------------------------------------
+
+    async def join(self, lifecycle: Lifecycle) -> None:
+        """The Feed listens by now: those that run go on under their time limits, the others get their line."""
+        journal = await self._journal()
+        self._feed.on_adopted_idle = lambda cell: _spawn(lifecycle, self._close(cell))
+        for msg_id, entry in journal.items():
+            cell = self._feed.cells.get(msg_id)
+            if cell is None and not entry.get("ended_at") and not self._known(msg_id):
+                # Another client's, which began before we listened.
+                cell = self._feed.adopt(
+                    msg_id, str(entry.get("code", "")), started_at=None, origin=origin_of(_header(entry))
+                )
+            if cell is None or not cell.adopted or cell.running:
+                continue
+            _learn(cell, entry)
+            if not entry.get("ended_at"):
+                self._ledger.started(cell)
+        self._write_strangers(journal)
+        count = max([_int(entry.get("execution_count")) or 0 for entry in journal.values()], default=0)
+        self._feed.execution_count = max(self._feed.execution_count, count)
+        for cell in list(self._feed.cells.values()):
+            if cell.adopted:
+                self._resume(cell, lifecycle)
+        if self._feed.cells:
+            lifecycle.spawn(self._settle(lifecycle))
+
+    def _resume(self, cell: Cell, lifecycle: Lifecycle) -> None:
+        if cell.idle:
+            _spawn(lifecycle, self._close(cell))
+            return
+        limit = self._limits.get(cell.msg_id)
+        if limit is not None:
+            spent = (utc_now() - cell.started_at).total_seconds()
+            # At least a moment: its end may be on its way. The clock may have jumped.
+            lifecycle.watch(cell, min(limit, max(0.5, limit - max(0.0, spent))))
+
+    async def _settle(self, lifecycle: Lifecycle) -> None:
+        """End the adopted cells whose end nobody saw, once the kernel has answered what came after them."""
+        adopted = [cell for cell in self._feed.cells.values() if cell.adopted]
+        kernel = lifecycle.kernel
+        if kernel is None:
+            return
+        with suppress(asyncio.CancelledError):
+            await kernel.caught_up()
+        if lifecycle.kernel is not kernel:
+            return  # it was replaced, which ended its cells
+        journal = await self._journal()
+        for cell in adopted:
+            self._conclude(cell, journal.get(cell.msg_id))
+
+    async def _close(self, cell: Cell) -> None:
+        """The kernel is done with an adopted cell; its journal says so a moment later."""
+        deadline = asyncio.get_running_loop().time() + REPLY_GRACE_S
+        while True:
+            entry = (await self._journal()).get(cell.msg_id)
+            if (entry or {}).get("ended_at") or asyncio.get_running_loop().time() > deadline:
+                break
+            await asyncio.sleep(0.01)  # until its line is there
+        self._conclude(cell, entry)
+
+    def _conclude(self, cell: Cell, entry: Entry | None) -> None:
+        if cell.msg_id not in self._feed.cells:
+            return
+        reply = None
+        if entry is not None and entry.get("ended_at"):
+            _learn(cell, entry)
+            reply = _reply(entry)
+            if entry.get("status") == "interrupted" and not entry.get("ename"):
+                cell.verdict = cell.verdict or "interrupted"
+            self._time(cell, entry)
+        elif cell.idle and not cell.running:
+            reply = {"status": "aborted"}
+        self._feed.conclude(cell, reply)
+
+    def _time(self, cell: Cell, entry: Entry) -> None:
+        began, ended = _when(entry.get("started_at")), _when(entry.get("ended_at"))
+        if began is not None and ended is not None:
+            cell.started = asyncio.get_running_loop().time() - max(0.0, (ended - began).total_seconds())
+
+    # -- the kernel is gone ----------------------------------------------------------------
+
+    async def bury(self, death: KernelDeath | None) -> None:
+        """Nothing lives: every accepted cell gets its line, and the log says what happened."""
+        journal = await self._journal()
+        lost = sorted((await self._workspace.read_state()).variables)
+        if death is not None:
+            self._ledger.append("kernel_died", **death.model_dump(), lost_names=lost)
+        for cell in [cell for cell in self._feed.cells.values() if cell.adopted]:
+            entry = journal.get(cell.msg_id)
+            if entry is not None and entry.get("ended_at"):
+                self._conclude(cell, entry)
+                continue
+            self._ledger.notes[cell.msg_id] = {"state_preserved": False, "lost_names": lost, "death": death}
+            if entry is not None:
+                _learn(cell, entry)
+            self._feed.abandon(cell, "kernel_died" if entry is not None else "unknown")
+        self._write_strangers(journal)
+
+    # -- other clients' --------------------------------------------------------------------
+
+    def _known(self, msg_id: str) -> bool:
+        return self._feed.knows(msg_id) or self._recorder.seen(msg_id)
+
+    def _write_strangers(self, journal: Journal) -> None:
+        """Cells that other clients ran from beginning to end while nobody listened."""
+        for msg_id, entry in journal.items():
+            ours = entry.get("session") == self._client_session
+            if ours or not entry.get("ended_at") or self._known(msg_id):
+                continue
+            began, ended = _when(entry.get("started_at")), _when(entry.get("ended_at"))
+            reply = _reply(entry)
+            error = {"name": reply["ename"], "value": reply["evalue"], "traceback": ""} if reply.get("ename") else None
+            status = entry.get("status")
+            line: dict[str, Any] = {
+                "code": str(entry.get("code", "")),
+                "success": status == "ok",
+                "stdout": "",
+                "stderr": "",
+                "status": status if status in ("ok", "error", "interrupted", "aborted") else "unknown",
+                "error": error,
+                "execution_count": _int(entry.get("execution_count")),
+                "origin": origin_of(_header(entry)),
+                "duration_s": max(0.0, (ended - began).total_seconds()) if began and ended else None,
+                "outputs": [],
+                "note": NOTE,
+            }
+            with suppress(RecordError):
+                self._ledger.write(msg_id, **self._ledger.masked_tree(line))
+
+    async def _journal(self) -> Journal:
+        """By msg_id: the line of the end where there is one, with what the line of the start said."""
+        return _by_cell(await self._workspace.read_journal())
+
+
+def _by_cell(lines: list[Entry]) -> Journal:
+    cells: Journal = {}
     for line in lines:
         msg_id = line.get("msg_id")
         if isinstance(msg_id, str) and msg_id:
@@ -119,41 +222,43 @@ def _latest(lines: list[dict[str, Any]]) -> Ended:
     return cells
 
 
-def _write(recorder: Recorder | NoRecorder, known: dict[str, Any], *, code: str, origin: str) -> None:
-    status = _status(known)
-    began, ended = _when(known.get("started_at")), _when(known.get("ended_at"))
-    error = None
-    if known.get("ename"):
-        error = {"name": str(known["ename"])[:200], "value": str(known.get("evalue", ""))[:2000], "traceback": ""}
-    with suppress(RecordError):
-        recorder.finish(
-            str(known["msg_id"]),
-            code=code,
-            success=status == "ok",
-            stdout="",
-            stderr="",
-            status=status,
-            error=error,
-            execution_count=_int(known.get("execution_count")),
-            origin=origin,
-            duration_s=(ended - began).total_seconds() if began and ended else None,
-            outputs=[],
-            note=NOTE,
-        )
+def _spawn(lifecycle: Lifecycle, work: Any) -> None:
+    lifecycle.spawn(work)
 
 
-def _status(known: dict[str, Any]) -> Literal["ok", "error", "interrupted", "aborted", "unknown"]:
-    said = known.get("status")
-    if said in ("ok", "error", "interrupted", "aborted"):
-        return said  # type: ignore[no-any-return]
-    return "unknown"
+def _learn(cell: Cell, entry: Entry) -> None:
+    """What the kernel's journal knows of an adopted cell that had begun before we listened."""
+    if not cell.running:
+        cell.running = True
+        cell.note = NOTE
+        cell.execution_count = _int(entry.get("execution_count"))
+        began = _when(entry.get("started_at"))
+        if began is not None:
+            cell.started_at = began
+
+
+def _reply(entry: Entry) -> dict[str, Any]:
+    """The journal's word on an ended cell in the form of its reply."""
+    said = entry.get("status")
+    if entry.get("ename"):
+        return {
+            "status": "error",
+            "ename": str(entry["ename"])[:200],
+            "evalue": str(entry.get("evalue", ""))[:2000],
+        }
+    return {"status": said if said in ("ok", "aborted") else "error"}
+
+
+def _header(entry: Entry) -> dict[str, Any]:
+    return {"session": entry.get("session", ""), "username": entry.get("username", "")}
 
 
 def _when(value: Any) -> datetime | None:
     try:
-        return datetime.fromisoformat(value)
+        found = datetime.fromisoformat(value)
     except (TypeError, ValueError):
         return None
+    return found if found.tzinfo is not None else None
 
 
 def _int(value: Any) -> int | None:

@@ -158,9 +158,10 @@ class Session:
             raise ValueError(f"timeout must be a number of seconds above 0 or None, not {timeout!r}")
         limit = self.settings.timeout_s if timeout == "default" else timeout
         async with self._turn:
+            swept: str | None = None
             while True:
                 queue: asyncio.Queue[CellEvent | None] = asyncio.Queue()
-                cell, closed = await self._send(code, queue.put_nowait if events else None)
+                cell, closed = await self._send(code, limit, queue.put_nowait if events else None, swept)
                 closed.add_done_callback(lambda _, end=queue: end.put_nowait(None))  # type: ignore[misc]
                 timer = self._lifecycle.watch(cell, limit)
                 try:
@@ -179,8 +180,11 @@ class Session:
                     yield Finished(msg_id=cell.msg_id, result=result)
                     return
                 # Another client's failing cell swept ours out of the kernel's queue before it ran: send it again.
+                swept = cell.msg_id
 
-    async def _send(self, code: str, listener: Any) -> tuple[Cell, asyncio.Future[ExecutionResult]]:
+    async def _send(
+        self, code: str, limit: float | None, listener: Any, instead_of: str | None
+    ) -> tuple[Cell, asyncio.Future[ExecutionResult]]:
         self._check_open()
         if self._ledger.failure is not None:
             failure, self._ledger.failure = self._ledger.failure, None
@@ -198,7 +202,9 @@ class Session:
             },
         )
         msg_id = message["header"]["msg_id"]
-        self._recorder.accept(msg_id, code)
+        self._recorder.accept(msg_id, self._ledger.masked(code), timeout=limit)
+        if instead_of is not None:
+            self._recorder.retract(instead_of)
         cell = self._feed.expect(msg_id, code, listener)
         closed = self._ledger.results[msg_id] = asyncio.get_running_loop().create_future()
         closed.add_done_callback(_retrieved)
@@ -323,6 +329,10 @@ class Session:
         if not self._closed:
             self._closed = True
             await self._stack.aclose()
+
+    def spare_kernel(self, yes: bool) -> None:
+        """Whether leaving lets go of the kernel, as :meth:`detach` does: an attempt to take it over must not end it."""
+        self._keep_alive = yes
 
     def owns(self, stack: AsyncExitStack) -> None:
         """What is closed when the session is left; called once, while it is put together."""

@@ -33,6 +33,8 @@ class Workspace(Protocol):
 
     async def read_state(self) -> PythonState: ...
     async def read_journal(self) -> list[dict[str, Any]]: ...
+    def forget_journal(self) -> None:
+        """A new kernel begins its own; what cells of the one before did stands in the log."""
 
 
 def parse_state(raw: dict[str, Any] | None) -> PythonState:
@@ -68,6 +70,14 @@ class BindWorkspace:
     async def read_journal(self) -> list[dict[str, Any]]:
         return await asyncio.to_thread(read_cells, self._directory.state_dir)
 
+    def forget_journal(self) -> None:
+        with suppress(OSError):
+            descriptor = os.open(self._directory.state_dir, FOLDER)
+            try:
+                os.unlink(JOURNAL, dir_fd=descriptor)
+            finally:
+                os.close(descriptor)
+
 
 class TmpfsWorkspace:
     """The container's memory, asked through the agent beside the kernel. The host's disk has only what was ingested."""
@@ -86,11 +96,15 @@ class TmpfsWorkspace:
 
     async def read_journal(self) -> list[dict[str, Any]]:
         try:
-            return parse_cells(await self._spool.read_state("cells.jsonl"))
+            return parse_cells(await self._spool.read_state(JOURNAL))
         except SandboxError:
             return []
 
+    def forget_journal(self) -> None:
+        pass  # it went with its container
 
+
+JOURNAL = "cells.jsonl"
 JOURNAL_LIMIT = 4 * 2**20
 
 
@@ -101,7 +115,7 @@ def read_cells(state_dir: Path) -> list[dict[str, Any]]:
     except OSError:
         return []
     try:
-        return parse_cells(read_untrusted(descriptor, "cells.jsonl", max_bytes=JOURNAL_LIMIT))
+        return parse_cells(read_untrusted(descriptor, JOURNAL, max_bytes=JOURNAL_LIMIT))
     except (OSError, SandboxError):
         return []
     finally:

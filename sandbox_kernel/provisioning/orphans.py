@@ -7,13 +7,17 @@ program that started it, and neither does a spare of the pool that no session ha
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from sandbox_kernel.errors import ContainerConflict, SandboxError
+from sandbox_kernel.events import KernelDeath
 from sandbox_kernel.provisioning.container import ContainerSpec
+from sandbox_kernel.provisioning.death import explain
 from sandbox_kernel.provisioning.engine import MANAGED, Engine, NotThere
 from sandbox_kernel.provisioning.runtime import RuntimeDirectory, runtime_base, session_of
+from sandbox_kernel.provisioning.watch import Watch
 
 OWNER = "sandbox-kernel.owner"
 """Label with the process a container must not outlive: ``<boot id> <pid> <start time>``."""
@@ -39,9 +43,7 @@ def sweep(engine: Engine) -> list[str]:
         if len(owner) != 3 or process_identity(int(owner[1])) == " ".join(owner) or session_of(labels):
             continue
         engine.remove(found["Id"])
-        path = Path(labels.get("sandbox-kernel.runtime", ""))
-        if path.parent == runtime_base():  # a label is no licence to remove any folder
-            RuntimeDirectory(labels["sandbox-kernel.kernel"], path).remove()
+        remove_runtime(labels)
         removed.append(str(found["Id"]))
     return removed
 
@@ -74,3 +76,54 @@ def make_room(engine: Engine, spec: ContainerSpec) -> None:
     if labels.get("sandbox-kernel.kernel") != spec.kernel_id and session_of(labels) != spec.session_id:
         raise ContainerConflict(f"the container {who} belongs to another session of ours; run: sandbox-kernel gc")
     engine.remove(found["Id"])
+
+
+def last_words(spec: ContainerSpec, container: str, otherwise: str) -> KernelDeath:
+    """Why a session's container cannot be taken over; ``otherwise``: what was seen while it runs (blocks)."""
+    if spec.settings.engine == "local":
+        return KernelDeath(cause="removed", message=otherwise)
+    death = explain(Engine.shared(), Watch(container), spec.settings)
+    return death if death.cause != "unknown" else KernelDeath(cause="unresponsive", message=otherwise)
+
+
+def clear(spec: ContainerSpec) -> None:
+    """Remove what is left of a session whose holder died: its containers, running too, and its runtime directory.
+
+    For the holder of the session's lock only (blocks). Raises ContainerConflict when the container of its name is not
+    ours.
+    """
+    if spec.settings.engine != "local":
+        engine = Engine.shared()
+        found = {entry["Id"]: entry["Labels"] for entry in engine.containers(kernel=spec.kernel_id)}
+        try:
+            named = engine.inspect(spec.name)
+            found[named["Id"]] = named["Config"].get("Labels") or {}
+        except NotThere:
+            pass
+        for container, labels in found.items():
+            if labels.get(MANAGED) != "1":
+                raise ContainerConflict(
+                    f"the container name {spec.name} is taken by a container that is not ours; "
+                    "rename or remove it, or choose another session id"
+                )
+            engine.remove(container)
+            remove_runtime(labels)
+    RuntimeDirectory(spec.kernel_id).remove()
+
+
+def remove_runtime(labels: Mapping[str, str]) -> None:
+    """Remove the runtime directory that a container of ours names."""
+    path = Path(labels.get("sandbox-kernel.runtime", ""))
+    if path.parent == runtime_base():  # a label is no licence to remove any folder
+        RuntimeDirectory(labels.get("sandbox-kernel.kernel", path.name), path).remove()
+
+
+def remove(engine: Engine, container: str) -> None:
+    """Remove a container of ours with its runtime directory; one that is gone or not ours is left (blocks)."""
+    try:
+        labels = engine.inspect(container)["Config"].get("Labels") or {}
+    except NotThere:
+        return
+    if labels.get(MANAGED) == "1":
+        engine.remove(container)
+        remove_runtime(labels)
