@@ -1,4 +1,4 @@
-"""What issue 2 asks to be shown of real sessions: the document's files, JupyterLab in the record, storage × data sets."""
+"""What issue 2 asks to be shown of real sessions: the document's files, Lab in the record, storage × data sets."""
 
 from __future__ import annotations
 

@@ -348,6 +348,17 @@ class TestSessions:
             await second.stop("kept")
             assert [info.status for info in await second.list()] == ["stopped"]
 
+    async def test_a_successor_of_the_container_is_like_it(self, tmp_path: Path) -> None:
+        async with SessionManager(Settings(sessions_root=tmp_path, memory_limit="300m", stop_on_exit=False)) as first:
+            await first.start("small")
+        async with SessionManager(Settings(sessions_root=tmp_path)) as second:
+            session = await second.get("small")
+            await session.execute("import os; os._exit(1)")
+            result = await session.execute("open('/sys/fs/cgroup/memory/memory.limit_in_bytes').read()")
+            if result.status == "error":  # cgroup v2
+                result = await session.execute("open('/sys/fs/cgroup/memory.max').read()")
+            assert str(300 * 2**20) in (result.result or "")
+
     async def test_sessions_run_side_by_side(self, tmp_path: Path) -> None:
         async with SessionManager(Settings(sessions_root=tmp_path)) as manager:
             one, two = await asyncio.gather(manager.start("one"), manager.start("two"))

@@ -73,7 +73,7 @@ def lab(
 
 
 async def _lab(settings: Settings, session_id: str, *, port: int, browser: bool, kernelspec: bool) -> None:
-    from sandbox_kernel.cli.living import recorded_target, settings_of
+    from sandbox_kernel.cli.living import notebook_dir, recorded_target, settings_of
     from sandbox_kernel.lab import LabServer, LabTarget, how_to_attach, write_kernelspec
     from sandbox_kernel.manager import SessionManager
 
@@ -86,8 +86,11 @@ async def _lab(settings: Settings, session_id: str, *, port: int, browser: bool,
             except SessionNotFound:
                 typer.echo(f"session {session_id!r} did not run; it is started", err=True)
                 session = await manager.start(session_id)
-            folder = session.directory or Path(stack.enter_context(TemporaryDirectory(prefix="sandbox-notebooks-")))
-            target = LabTarget(session_id, session.connection_file, folder / "notebooks", session.container_id or "")
+            # Beside the session directories, not in one: theirs is a contract, and a TMPFS session leaves nothing.
+            folder = notebook_dir(settings, session_id)
+            if session.directory is None:
+                folder = Path(stack.enter_context(TemporaryDirectory(prefix="sandbox-notebooks-")))
+            target = LabTarget(session_id, session.connection_file, folder, session.container_id or "")
         except SessionHeld as exc:
             typer.echo(f"{exc}; it goes on writing the record", err=True)
             target = recorded_target(settings, session_id)

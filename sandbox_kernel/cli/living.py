@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sandbox_kernel.directory import SessionDirectory
@@ -59,7 +60,13 @@ def recorded_target(settings: Settings, session_id: str) -> LabTarget:
     kernel_id, container_id = metadata.get("kernel_id"), metadata.get("container_id")
     if not (isinstance(kernel_id, str) and isinstance(container_id, str)) or metadata.get("stopped_at"):
         raise SessionNotFound(f"session {session_id!r} leaves no record in {settings.sessions_root}: ask its holder")
-    return LabTarget(session_id, RuntimeDirectory(kernel_id).connection_file, folder / "notebooks", container_id)
+    notebooks = notebook_dir(settings, session_id)
+    return LabTarget(session_id, RuntimeDirectory(kernel_id).connection_file, notebooks, container_id)
+
+
+def notebook_dir(settings: Settings, session_id: str) -> Path:
+    """Where JupyterLab keeps the notebook of a session."""
+    return settings.sessions_root / ".lab" / session_id
 
 
 def attachment(settings: Settings, session_id: str) -> AttachProvisioner:
