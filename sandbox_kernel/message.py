@@ -7,7 +7,7 @@ the Feed relies on and costs the host a bounded amount of memory, whatever it wa
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from jupyter_client.session import Session as WireSession
 
@@ -23,7 +23,7 @@ MAX_NUMBER = 2**53
 
 def read_message(wire: WireSession, frames: list[bytes]) -> Message:
     """The message in ``frames``. Raises ValueError for one that is not to be believed, and whatever parsing it does."""
-    _, parts = wire.feed_identities(frames)
+    parts = cast(list[bytes], wire.feed_identities(frames)[1])
     # signature, header, parent header, metadata, content, buffers
     for part in parts[1:5]:
         if len(part) > MAX_STRUCTURE and _bloated(part):
