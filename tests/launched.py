@@ -89,6 +89,7 @@ class Launched:
                 client.get_iopub_msg(timeout=1)
                 break
         else:
+            client.stop_channels()
             raise AssertionError(f"no answer from the kernel; its log:\n{self.log}")
         while True:  # answers to questions that were asked while the kernel was still starting
             try:

@@ -14,6 +14,12 @@ import pytest
 import zmq
 from launched import LAUNCH, Launched, alive, child_of, environ_of, launched, wait_for
 
+KERNEL_PYTHON = os.environ.get("KERNEL_PYTHON", sys.executable)
+HAS_CURVE = not subprocess.run(
+    [KERNEL_PYTHON, "-c", "from ipykernel.kernelapp import IPKernelApp as A; A.curve_secretkey"], capture_output=True
+).returncode
+needs_curve = pytest.mark.skipif(not HAS_CURVE, reason="the ipykernel under test is older than its CurveZMQ support")
+
 
 @pytest.fixture
 def kernel() -> Iterator[Launched]:
@@ -45,6 +51,7 @@ def test_a_restart_is_fast(kernel: Launched) -> None:
     assert times[2] < 1.0, times  # about 0.1 s on an idle machine; a cold start imports for 0.3 s
 
 
+@needs_curve
 def test_a_restart_reads_keys_and_options_again(kernel: Launched) -> None:
     public, secret = zmq.curve_keypair()
     kernel.info |= {"key": "another", "curve_publickey": public.decode(), "curve_secretkey": secret.decode()}
@@ -56,6 +63,7 @@ def test_a_restart_reads_keys_and_options_again(kernel: Launched) -> None:
     assert kernel.printed("import os; print(os.environ['COLOUR'])") == "green\n"
 
 
+@needs_curve
 def test_the_connection_file_is_only_read() -> None:
     with launched(curve=True) as kernel:
         before = kernel.connection_file.read_bytes()
@@ -68,6 +76,7 @@ def test_the_connection_file_is_only_read() -> None:
     assert not Path(own).exists()
 
 
+@needs_curve
 def test_without_the_curve_key_nobody_is_answered() -> None:
     with launched(curve=True) as kernel, zmq.Context() as context, context.socket(zmq.REQ) as stranger:
         stranger.linger = 0
@@ -191,6 +200,12 @@ def test_an_image_without_ipykernel_is_named(tmp_path: Path) -> None:
     assert done.returncode == 78
     assert "this image has no ipykernel" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(HAS_CURVE, reason="the ipykernel under test supports CurveZMQ")
+def test_an_ipykernel_too_old_for_the_keys_is_named() -> None:
+    with pytest.raises(AssertionError, match="cannot encrypt with CurveZMQ"), launched(curve=True):
+        pass
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{", '{"connection_file": "/does/not/exist"}'])

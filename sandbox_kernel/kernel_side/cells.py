@@ -5,9 +5,6 @@ One line when a cell starts (``msg_id, session, username, execution_count, start
 ``status`` is an end; a cell with none was running when the kernel or the machine died.
 """
 
-# Descriptors and flags, not paths.
-# ruff: noqa: PTH105, PTH108, PTH118, PTH123
-
 import json
 import os
 from datetime import datetime, timezone

@@ -11,8 +11,6 @@ regardless when the state file has lagged for a second. Nothing here raises into
 written costs one line in the container's log.
 """
 
-# ruff: noqa: PTH118
-
 import asyncio
 import contextlib
 import json
@@ -263,11 +261,13 @@ class Hook:
             self.journal.rotate()
 
     def _write(self, fragments: List[str], count: int, modules: Optional[List[str]] = None) -> None:
-        head: Dict[str, Any] = {"timestamp": now(), **self.last}
+        ours: Dict[str, Any] = dict(self.last)
         if count > len(fragments):
-            head["variable_count"] = count
-        text = json.dumps(head)[:-1] + ',\n"variables": {\n' + ",\n".join(fragments) + "\n},\n"
-        text += f'"imported_modules": {json.dumps([clean(name[:SMALL]) for name in modules or []])}}}\n'
+            ours["variable_count"] = count
+        # The document's three fields first, in its order.
+        text = f'{{"timestamp": {json.dumps(now())},\n"variables": {{\n' + ",\n".join(fragments) + "\n},\n"
+        text += f'"imported_modules": {json.dumps([clean(name[:SMALL]) for name in modules or []])},\n'
+        text += json.dumps(ours)[1:] + "\n"
         try:
             replace(self.path, text.encode("ascii"))
         except OSError as exc:

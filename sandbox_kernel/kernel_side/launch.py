@@ -9,7 +9,8 @@
 | SIGINT  | passed on to the kernel's process group (an interrupt)                                               |
 
 A kernel that ends by itself ends the supervisor: with its exit code, or 128 + its signal, and one line on stderr.
-Exit 78: this image has no ipykernel. Exit 66: the options or the connection file cannot be read.
+Exit 78: this image has no ipykernel, or one too old for the keys it is given. Exit 66: the options or the connection
+file cannot be read.
 
 Options (all but ``connection_file`` may be left out): ``connection_file`` (Jupyter's own format; read, never written);
 ``imports`` modules to import beforehand; ``trims``, ``mask_secrets``, ``state_dir`` for the hook; ``artifacts_dir`` is
@@ -18,9 +19,6 @@ made when it is missing; ``env`` and ``secrets_file`` (a JSON object) become env
 
 The supervisor stays single-threaded and makes no zmq context: both would not survive the fork.
 """
-
-# Descriptors, processes and /proc, not paths.
-# ruff: noqa: PTH100, PTH103, PTH108, PTH109, PTH118, PTH120, PTH123, PTH208
 
 import contextlib
 import ctypes
@@ -191,7 +189,13 @@ def copy_connection(options: Options, folder: str) -> str:
     """
     with open(options["connection_file"], "rb") as file:
         data = file.read()
-    remove_stale_sockets(json.loads(data))
+    connection = json.loads(data)
+    application = sys.modules["ipykernel.kernelapp"].IPKernelApp
+    if connection.get("curve_secretkey") and not hasattr(application, "curve_secretkey"):
+        version = getattr(sys.modules["ipykernel"], "__version__", "of this image")
+        say(f"ipykernel {version} cannot encrypt with CurveZMQ, as its host expects; upgrade: pip install -U ipykernel")
+        raise SystemExit(EX_CONFIG)
+    remove_stale_sockets(connection)
     os.makedirs(folder, mode=0o700, exist_ok=True)
     path = os.path.join(folder, "kernel.json")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
