@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PROGRAM = [sys.executable, "-m", "sandbox_kernel.cli"]
+import pytest
 
 
 class Shell:
     """Runs ``sandbox-kernel`` in one folder."""
+
+    program = (sys.executable, "-m", "sandbox_kernel.cli")
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -21,7 +24,7 @@ class Shell:
 
     def __call__(self, *args: str, expect: int = 0, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [*PROGRAM, *args],
+            [*self.program, *args],
             cwd=self.folder,
             env=os.environ | env,
             input=stdin,
@@ -38,7 +41,23 @@ class Shell:
 
     def start(self, *args: str, **options: Any) -> subprocess.Popen[bytes]:
         pipe = subprocess.PIPE
-        return subprocess.Popen([*PROGRAM, *args], cwd=self.folder, stdout=pipe, stderr=pipe, **options)
+        return subprocess.Popen([*self.program, *args], cwd=self.folder, stdout=pipe, stderr=pipe, **options)
 
     def statuses(self) -> dict[str, str]:
         return {info["session_id"]: info["status"] for info in self.json("list")}
+
+
+@pytest.fixture(scope="module")
+def shell(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    """With a session ``conv`` that runs, and in it ``x = 41``."""
+    shell = Shell(tmp_path_factory.mktemp("cli"))
+    shell("run", "--session", "conv", "-c", "x = 41")
+    yield shell
+    shell("gc", "--all")
+    assert set(shell.statuses().values()) == {"stopped"}
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Shell:
+    """Where no session has ever been."""
+    return Shell(tmp_path)

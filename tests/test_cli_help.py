@@ -6,20 +6,18 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from shell import Shell
 from typer.main import get_command
 
 from sandbox_kernel import __version__
 from sandbox_kernel.cli import app
 
+if TYPE_CHECKING:
+    from shell import Shell
 
-@pytest.fixture
-def bare(tmp_path: Path) -> Shell:
-    """Where no session has ever been."""
-    return Shell(tmp_path)
+pytest_plugins = ["shell"]
 
 
 def commands() -> list[list[str]]:
