@@ -109,8 +109,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
             for entry in _managed(client):
                 if _of_this_run(entry, folder):
                     try:
-                    log = client.api.logs(entry["Id"], tail=30).decode("utf-8", "replace")
-                except docker.errors.APIError as exc:  # it is being removed
-                    log = str(exc)
+                        log = client.api.logs(entry["Id"], tail=30).decode("utf-8", "replace")
+                    except docker.errors.APIError as exc:  # it is being removed
+                        log = str(exc)
                     report.sections.append((f"container {entry['Names'][0]} ({entry['Status']})", log))
     return report
