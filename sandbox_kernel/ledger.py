@@ -20,6 +20,8 @@ from sandbox_kernel.record import NoRecorder, Recorder
 
 LATE_QUIET_S = 0.3
 """Late output (of threads) is logged when nothing more came for so long, or with the next line of the log."""
+METADATA_AFTER_S = 0.001
+"""``session_metadata.json`` has a cell's number so soon after its line is in the log."""
 LATE_LIMIT = 64_000
 
 
@@ -214,7 +216,9 @@ class Ledger:
         self.recorder.finish(msg_id, **line)
         # Cells of the session, over all its kernels: a restarted kernel counts from 1 again.
         count = self.recorder.metadata.get("execution_count")
-        self.recorder.update_metadata(last_used=timestamp(), execution_count=count + 1 if isinstance(count, int) else 1)
+        self.recorder.metadata_soon(last_used=timestamp(), execution_count=count + 1 if isinstance(count, int) else 1)
+        # Replacing the file takes as long as some cells: the caller gets the result first, and the next cell runs beside.
+        asyncio.get_running_loop().call_later(METADATA_AFTER_S, self.recorder.sync)
 
     def line(self, result: ExecutionResult, *, spool_error: OSError | None = None) -> dict[str, Any]:
         """The fields of a ``code_execution`` line."""

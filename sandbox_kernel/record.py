@@ -204,7 +204,7 @@ class Recorder:
         disk_sync.soon(self)
 
     def sync(self) -> None:
-        """For the syncing thread: write the metadata that are due."""
+        """Write the metadata that are due; called by the syncing thread, or by who cannot wait for it."""
         with self._metadata_lock, contextlib.suppress(RecordError):
             if self._metadata_due:
                 self._write_metadata()
@@ -313,6 +313,9 @@ class NoRecorder:
 
     def metadata_soon(self, **fields: Any) -> None:
         self.metadata |= fields
+
+    def sync(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
