@@ -24,6 +24,7 @@ import types
 from contextvars import ContextVar
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
+from . import trims
 from .cells import Cell, Journal, now, replace
 from .describe import SMALL, Describer, clean, is_kind
 from .imports import Imports
@@ -303,10 +304,7 @@ def load_ipython_extension(shell: Any) -> None:
     _log = getattr(sys.stderr, "_original_stdstream_copy", 2)
     kernel = getattr(shell, "kernel", None)
     options = shell.config.SandboxHook if kernel is not None else {}
-    if options.get("trims"):
-        from . import trims
-
-        trims.apply(shell, kernel, say)
+    trims.apply(shell, kernel, options.get("trims", False), say)
     if options.get("state_dir"):
         try:
             hook = Hook(shell, kernel, options["state_dir"], options["mask_secrets"], options.get("secrets", []))

@@ -83,8 +83,9 @@ def preload(options: Options) -> None:
     package.__path__ = [HERE]
     sys.modules[PACKAGE] = package
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != HERE]
-    if options["trims"]:
-        importlib.import_module(f"{PACKAGE}.trims").skip_debugger()
+    trims = importlib.import_module(f"{PACKAGE}.trims")
+    if trims.wants(options["trims"], trims.skip_debugger):
+        trims.skip_debugger()
     try:
         importlib.import_module("ipykernel.kernelapp")
     except ImportError as exc:
@@ -266,8 +267,7 @@ def run_kernel(options: Options, connection_file: str) -> None:
     config.IPKernelApp.extra_extensions = [f"{PACKAGE}.hook"]
     config.SandboxHook = Config({name: options[name] for name in ("state_dir", "mask_secrets", "trims")})
     config.SandboxHook.secrets = list(secrets.values())
-    if options["trims"]:
-        sys.modules[f"{PACKAGE}.trims"].configure(config)
+    sys.modules[f"{PACKAGE}.trims"].configure(config, options["trims"])
     app = KernelApp.instance(config=config)
     app.initialize([])
     app.start()

@@ -12,7 +12,15 @@ import select
 import sys
 import threading
 import zlib
-from typing import Any, Callable, Dict, Iterator, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple, Union
+
+Chosen = Union[bool, List[str]]
+"""Option ``trims``: all, none, or those named (to measure one)."""
+
+
+def wants(chosen: Chosen, trim: Callable[..., None]) -> bool:
+    return chosen is True or (isinstance(chosen, list) and trim.__name__ in chosen)
+
 
 # --- before the kernel starts ------------------------------------------------------------------
 
@@ -30,11 +38,29 @@ def skip_debugger() -> None:
         del sys.modules["debugpy"]
 
 
-def configure(config: Any) -> None:
-    """Trims that are configuration: history in memory, not on disk by its own thread; no sleep before the reply."""
+def memory_history(config: Any) -> None:
+    """Keep the history in memory, not in a file on disk written by a thread of its own."""
     config.HistoryManager.hist_file = ":memory:"
+
+
+def no_sleep(config: Any) -> None:
+    """Do not sleep 0.5 ms before each reply "to prevent output synchronization problems": our reader waits for idle."""
     config.Kernel._execute_sleep = 0.0
+
+
+def quiet_streams(config: Any) -> None:
+    """Flush stdout and stderr only when something is buffered (four times a cell, two hops to another thread each)."""
     config.IPKernelApp.outstream_class = f"{__name__}.QuietStream"
+
+
+CONFIGURED = (memory_history, no_sleep, quiet_streams)
+
+
+def configure(config: Any, chosen: Chosen) -> None:
+    """Apply the trims that are configuration; called before the application is made."""
+    for trim in CONFIGURED:
+        if wants(chosen, trim):
+            trim(config)
 
 
 def __getattr__(name: str) -> Any:
@@ -161,9 +187,14 @@ def keep_no_outputs(shell: Any, kernel: Any) -> None:
     shell.events.register("post_run_cell", lambda result: outputs.clear())
 
 
-def apply(shell: Any, kernel: Any, say: Callable[[str], None]) -> None:
+PATCHED = (remember_signatures, transform_once, name_cells_faster, keep_no_outputs)
+
+
+def apply(shell: Any, kernel: Any, chosen: Chosen, say: Callable[[str], None]) -> None:
     """Apply the trims to a kernel that is being made; called by the hook."""
-    for trim in (remember_signatures, transform_once, name_cells_faster, keep_no_outputs):
+    for trim in PATCHED:
+        if not wants(chosen, trim):
+            continue
         try:
             trim(shell, kernel)
         except (AttributeError, ImportError) as exc:
