@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 INTERRUPT_EVERY_S = 1.0
 """An interrupt that was lost (in a finally block, say) is repeated so often during the grace."""
 
+IN_PLACE_S = 3.0
+"""Longest wait for a restart within the container (it takes some 100 ms); then the container is replaced."""
+
 REJOIN_S = 1.0
 """One attempt to reach a kernel that somebody else restarted."""
 
@@ -270,7 +273,7 @@ class Lifecycle:
                 self._ledger.notes[cell.msg_id] = {"state_preserved": False, "lost_names": lost}
             old, self.kernel = self.kernel, None
             try:
-                info = await asyncio.wait_for(self.provisioner.restart_in_place(), self._settings.start_timeout_s)
+                info = await asyncio.wait_for(self.provisioner.restart_in_place(), IN_PLACE_S)
             except (SandboxError, TimeoutError) as exc:
                 log.warning("session %s: restart in place failed (%s); a new container", self._session_id, exc)
                 info = None

@@ -173,9 +173,14 @@ class SessionProvisioner(KernelProvisionerBase):
         """
         await self._require_alive()
         with SocketFiles(self._require_runtime().socket_paths()) as files:
-            await self.send_signal(signal.SIGHUP)
+            await self._restart_signals()
             await self._wait_ready(files.fresh)
         return self.connection_info
+
+    async def _restart_signals(self) -> None:
+        # The kernel's code may have stopped the supervisor.
+        await self.send_signal(signal.SIGCONT)
+        await self.send_signal(signal.SIGHUP)
 
     async def _require_alive(self) -> None:
         if not self.has_process or await self.poll() is not None:

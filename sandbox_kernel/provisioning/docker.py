@@ -196,7 +196,7 @@ class DockerProvisioner(SessionProvisioner):
         await self._require_alive()
         async with handshake(self.connection_info) as connection:
             await self._wait_ready(connection.up)
-            await self.send_signal(signal.SIGHUP)
+            await self._restart_signals()
 
             async def replaced() -> None:
                 await connection.down()
