@@ -25,6 +25,7 @@ from collections.abc import (
     Mapping,
 )
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -110,7 +111,8 @@ async def _chunks(source: Any) -> AsyncIterator[bytes]:
             yield _bytes(chunk)
     elif isinstance(source, Iterable) and not isinstance(source, str | Mapping):
         iterator: Iterator[Any] = iter(source)
-        while (chunk := await asyncio.to_thread(next, iterator, None)) is not None:
+        advance: Callable[[], Any] = partial(next, iterator, None)
+        while (chunk := await asyncio.to_thread(advance)) is not None:
             yield _bytes(chunk)
     else:
         raise _unfit(source)

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from sandbox_kernel.artifacts.agent import Agent, OpenStream
 from sandbox_kernel.dataset_cache import DatasetCache, FetchDataset, Progress, fetched_files, remove_tree
@@ -79,7 +79,7 @@ class HostStage:
         return size
 
     async def staged(self) -> list[tuple[str, int]]:
-        return [(found[0], found[1]) for found in map(_read_json, (self._folder / "selected").iterdir())]
+        return [(str(found[0]), int(found[1])) for found in map(_read_json, (self._folder / "selected").iterdir())]
 
     async def link(self, links: Sequence[tuple[str, str]]) -> None:
         await asyncio.to_thread(self._link_all, links)
@@ -155,7 +155,7 @@ class ContainerStage:
             self._linked.update(new)
 
 
-def _read_json(path: Path) -> list[object]:
+def _read_json(path: Path) -> Any:
     found: list[object] = json.loads(path.read_text())
     return found
 

@@ -199,7 +199,7 @@ class Agent:
     async def selected(self) -> list[tuple[str, int]]:
         """The data sets that were published: ``(id, bytes)``."""
         _, told = await self._ask(parse, op="selected")
-        return [(str(path), int(size)) for path, size in told]
+        return [(str(path), int(size)) for path, size in told or ()]
 
     async def close(self) -> None:
         """Ends the agent process; without effect when there is none."""

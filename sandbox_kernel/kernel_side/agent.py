@@ -31,11 +31,18 @@ can speak in its place, and the host believes no answer. Standard library only; 
 # It starts in milliseconds beside the kernel: no pathlib, no contextlib.
 # ruff: noqa: SIM105
 
+from __future__ import annotations
+
 import errno
 import json
 import os
 import stat
 import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # `typing` itself would take as long to import as all the rest
+    from collections.abc import Collection, Iterable, Iterator
+    from typing import Any, BinaryIO
 
 CHUNK = 1 << 18
 LINE_LIMIT = 1 << 20
@@ -51,7 +58,7 @@ class Refused(Exception):
     """What the request asks for is not to be had; the text goes to the host."""
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     roots = {"artifacts": "/session/artifacts", "state": "/session/state"}
     roots.update(data="/data", selected="/opt/sandbox-selected")
     for flag, value in zip(argv[::2], argv[1::2]):  # noqa: B905 - Python 3.9 has no `strict`
@@ -64,11 +71,11 @@ def main(argv):
 class Agent:
     """One connection: requests from ``source``, answers to descriptor 1."""
 
-    def __init__(self, roots, source):
+    def __init__(self, roots: dict[str, str], source: BinaryIO) -> None:
         self.roots = roots
         self.source = source
 
-    def answer(self):
+    def answer(self) -> bool:
         """Answers one request; False at the end of the input."""
         line = self.source.readline(LINE_LIMIT)
         if not line.endswith(b"\n"):
@@ -80,12 +87,12 @@ class Agent:
         except Refused as exc:
             say(error=str(exc), code="refused")
         except OSError as exc:
-            say(error=exc.strerror or str(exc), code=errno.errorcode.get(exc.errno, "EIO"))
+            say(error=exc.strerror or str(exc), code=errno.errorcode.get(exc.errno or 0, "EIO"))
         return True
 
     # --- reading ------------------------------------------------------------------------------
 
-    def do_list(self, skip=0, tag=None):
+    def do_list(self, skip: int = 0, tag: str | None = None) -> None:
         files, refused, more = walk(self.roots["artifacts"], skip)
         if files:
             writing = open_for_writing({(item[1], item[5]) for item in files})
@@ -97,21 +104,21 @@ class Agent:
         else:
             say(body, tag=now)
 
-    def do_get(self, path):
+    def do_get(self, path: str) -> None:
         send_file(below(self.roots["artifacts"], path), os.O_NOFOLLOW)
 
-    def do_state(self, name, limit):
+    def do_state(self, name: str, limit: int) -> None:
         send_file(below(self.roots["state"], name), os.O_NOFOLLOW, limit)
 
-    def do_export(self, path):
+    def do_export(self, path: str) -> None:
         send_file(os.path.join("/session", path), 0)
 
-    def do_stat(self, path):
+    def do_stat(self, path: str) -> None:
         about = os.lstat(os.path.join("/session", path))
         say(kind=kind(about.st_mode), size_now=about.st_size, mtime_ns=about.st_mtime_ns)
 
-    def do_remove(self, files):
-        found = []
+    def do_remove(self, files: list[list[Any]]) -> None:
+        found: list[tuple[str, str, tuple[int, int]]] = []
         for path, *was in files:
             full = below(self.roots["artifacts"], path)
             try:
@@ -120,7 +127,7 @@ class Agent:
                 continue
             if [about.st_ino, about.st_size, about.st_mtime_ns] == was:
                 found.append((path, full, (about.st_ino, about.st_dev)))
-        writing = open_for_writing({item[2] for item in found}) if found else ()
+        writing = open_for_writing({item[2] for item in found}) if found else set()
         removed = []
         for path, full, identity in found:
             if identity not in writing:
@@ -130,7 +137,7 @@ class Agent:
 
     # --- data sets (user 0) -------------------------------------------------------------------
 
-    def do_put(self, token, name):
+    def do_put(self, token: str, name: str) -> None:
         target = os.path.join(self.staging(), token)
         if name:
             target = os.path.join(target, name)
@@ -141,11 +148,11 @@ class Agent:
             # Said at once, so that the host can stop sending; what it has sent by then is read and dropped.
             remove_tree(os.path.join(self.staging(), token))
             self.tidy()
-            say(error=exc.strerror, code=errno.errorcode.get(exc.errno, "EIO"))
+            say(error=exc.strerror, code=errno.errorcode.get(exc.errno or 0, "EIO"))
             for _ in frames:
                 pass
 
-    def frames(self):
+    def frames(self) -> Iterator[bytes | None]:
         """The payload's frames; None as the last when the host gave up or is gone."""
         while True:
             header = self.source.read(4)
@@ -159,7 +166,7 @@ class Agent:
                 sys.exit(2)
             yield self.source.read(size)
 
-    def do_publish(self, token, path):
+    def do_publish(self, token: str, path: str) -> None:
         source = os.path.join(self.staging(), token)
         target = below(self.roots["data"], path)
         size = 0
@@ -178,19 +185,19 @@ class Agent:
         self.tidy()
         say(published=size)
 
-    def do_discard(self, token):
+    def do_discard(self, token: str) -> None:
         remove_tree(os.path.join(self.roots["data"], STAGING, token))
         self.tidy()
         say(discarded=True)
 
-    def do_selected(self):
+    def do_selected(self) -> None:
         found = []
         for name in os.listdir(self.roots["selected"]):
             with open(os.path.join(self.roots["selected"], name)) as file:
                 found.append(json.load(file))
         say(json.dumps(found).encode())
 
-    def do_link(self):
+    def do_link(self) -> None:
         payload = b"".join(frame for frame in self.frames() if frame is not None)
         for path, target in json.loads(payload):
             full = below(self.roots["data"], path)
@@ -199,19 +206,19 @@ class Agent:
                 os.symlink(target, full)
         say(linked=True)
 
-    def tidy(self):
+    def tidy(self) -> None:
         try:
             os.rmdir(os.path.join(self.roots["data"], STAGING))
         except OSError:
             pass  # not there, or in use
 
-    def staging(self):
+    def staging(self) -> str:
         folder = os.path.join(self.roots["data"], STAGING)
         os.makedirs(folder, mode=0o700, exist_ok=True)
         return folder
 
 
-def receive(frames, target):
+def receive(frames: Iterable[bytes | None], target: str) -> int:
     """Writes ``frames`` into the new file ``target``; its size."""
     total = 0
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -234,20 +241,20 @@ def receive(frames, target):
     return total
 
 
-def say(body=None, **header):
+def say(body: bytes | None = None, **header: Any) -> None:
     """One answer: the header line, then the body it announces."""
     if body is not None:
         header["size"] = len(body)
     write_all(json.dumps(header).encode() + b"\n" + (body or b""))
 
 
-def write_all(data):
+def write_all(data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(1, view) :]
 
 
-def below(root, path):
+def below(root: str, path: str) -> str:
     """``path`` below ``root``; the host has checked it, and this process is not one to trust, but mistakes end here."""
     parts = path.split("/")
     if not path or "\0" in path or any(part in ("", ".", "..") for part in parts):
@@ -255,7 +262,7 @@ def below(root, path):
     return os.path.join(root, *parts)
 
 
-def kind(mode):
+def kind(mode: int) -> str:
     for test, name in (
         (stat.S_ISREG, "file"),
         (stat.S_ISDIR, "folder"),
@@ -268,7 +275,7 @@ def kind(mode):
     return "device"
 
 
-def send_file(path, flags, limit=None):
+def send_file(path: str, flags: int, limit: int | None = None) -> None:
     """Header with ``size`` and what identifies the file, exactly that many bytes, and whether it held still."""
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
     try:
@@ -297,19 +304,21 @@ def send_file(path, flags, limit=None):
         os.close(file)
 
 
-def walk(root, skip):
+def walk(root: str, skip: int) -> tuple[list[list[Any]], list[list[str]], bool]:
     """``(files, refused, more)`` below ``root``, past the first ``skip`` files: one page of them.
 
     A file is ``[path, ino, size, mtime_ns, open, dev]``.
     """
-    files, refused, folders, length = [], [], [""], 0
+    files: list[list[Any]] = []
+    refused: list[list[str]] = []
+    folders, length = [""], 0
     while folders:
         prefix = folders.pop()
         try:
             entries = os.scandir(os.path.join(root, prefix))
         except OSError as exc:
             if prefix:
-                refused.append([shown(prefix), exc.strerror])
+                refused.append([shown(prefix), str(exc.strerror)])
             continue
         with entries:
             for entry in entries:
@@ -334,7 +343,7 @@ def walk(root, skip):
     return files, refused, False
 
 
-def refusal(path, about):
+def refusal(path: str, about: os.stat_result) -> str | None:
     """Why ``path`` is not handed out, or None."""
     try:
         path.encode()
@@ -345,13 +354,13 @@ def refusal(path, about):
     return None if stat.S_ISDIR(about.st_mode) else "a %s, not a file" % kind(about.st_mode)
 
 
-def shown(path):
+def shown(path: str) -> str:
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def open_for_writing(wanted):
+def open_for_writing(wanted: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
     """Those of ``wanted`` (inode, device) that some process of this user has open for writing."""
-    found = set()
+    found: set[tuple[int, int]] = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         folder = "/proc/" + pid + "/fd/"
         try:
@@ -371,7 +380,7 @@ def open_for_writing(wanted):
     return found
 
 
-def remove_tree(path):
+def remove_tree(path: str) -> None:
     if not os.path.isdir(path) or os.path.islink(path):
         try:
             os.unlink(path)
