@@ -46,11 +46,11 @@ lab: image ## JupyterLab on a running session [SESSION=conv]
 bench: image $(STAMPS)/bench ## the table of benchmarks/results/ [ARGS=...]
 	$(BIN)/python -m benchmarks $(ARGS)
 
-crash: image ## SIGKILL at random moments; the books must balance [ARGS="--rounds 1000"]
-	$(BIN)/python tests/crash.py $(ARGS)
+crash: image ## SIGKILL at random moments; the books must balance [ROUNDS=200] [SEED=...]
+	PYTHONPATH=tests $(BIN)/python -m campaigns.crash $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-soak: image ## many sessions for long; nothing may be left behind [ARGS=...]
-	$(BIN)/python tests/soak.py $(ARGS)
+soak: image ## many sessions for long; nothing may be left behind [ROUNDS=20] [SEED=...] [ARGS="--cells 200"]
+	PYTHONPATH=tests $(BIN)/python -m campaigns.soak $(if $(ROUNDS),--sessions $(ROUNDS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 venv: $(STAMPS)/venv ## the environment in .venv
 
