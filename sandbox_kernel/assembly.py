@@ -116,6 +116,8 @@ async def _open_bind(session: Session, opening: Opening, stack: AsyncExitStack) 
         raise _not_found(opening)
     spare = None if alive else await _claim(opening, stack, directory)
     ledger = Ledger(opening.session_id, recorder, opening.store, masker(opening.secrets))
+    if alive:
+        await asyncio.to_thread(opening.store.recover)
     log_unlogged(ledger, opening.store)
     observer = Observer(
         directory.artifacts, opening.store, opening.session_id, on_created=ledger.created, on_refused=ledger.refused

@@ -172,6 +172,7 @@ class Lifecycle:
         self.kernel, self.connection_info = kernel, info
         kernel.on_disconnected = self._lost
         self._mourner = asyncio.create_task(self._mourn(dead), name=f"mourner {self._session_id}")
+        self._mourner.add_done_callback(lambda _: dead.cancel())  # also when it is cancelled before it has begun
         await self._on_launched(fresh)
         self._failure = None
         self._ready.set()
@@ -303,10 +304,7 @@ class Lifecycle:
     # -- death -----------------------------------------------------------------------------
 
     async def _mourn(self, dead: asyncio.Future[KernelDeath]) -> None:
-        try:
-            death = await dead
-        finally:
-            dead.cancel()
+        death = await dead
         async with self._changing:
             self._ready.clear()
             lost = await self._known_names()

@@ -67,6 +67,11 @@ class BlobFolder:
         finally:
             os.close(fd)
 
+    def recover(self) -> None:
+        """Clear what processes that died since the opening left in ``tmp/``. Raises OSError."""
+        with self.exclusive():
+            self._recover()
+
     def _recover(self) -> None:
         for folder in self._tmp_root.iterdir():
             if not folder.is_dir():

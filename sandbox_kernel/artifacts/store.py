@@ -330,6 +330,11 @@ class ArtifactStore:
 
     # -- the books -------------------------------------------------------------------------
 
+    def recover(self) -> None:
+        """Give back files that a process which has died was about to take; opening the store does it too."""
+        with contextlib.suppress(OSError):
+            self.blobs.recover()
+
     def unlogged(self, session_id: str) -> Artifacts:
         """Artifacts whose ``artifacts_created`` line may be missing, because a host died in between."""
         return self.catalog.list({"session_id": session_id, "logged": 0})

@@ -180,11 +180,11 @@ class Campaign:
         rooms = [room for room in (store / "tmp").iterdir() if room.name != ".lock"]
         temporary = [*rooms, *self.root.glob("*/.session_metadata.json.*"), *self.root.glob("*/.pending.*")]
         files = [Path(jupyter_runtime_dir(), f"kernel-{kernel}.json") for kernel in kernels]
-        ours = self.engine.networks.list(filters={"label": MANAGED})
+        ours = self.engine.networks.list(filters={"label": MANAGED}, greedy=True)
         return {
             "containers": len(self.engine.api.containers(all=True, filters={"label": label})),
             "runtime folders": len(kernels & names),
-            "networks": len({network.id for network in ours} - self.networks),
+            "networks": len([n for n in ours if n.id not in self.networks and not n.attrs["Containers"]]),
             "lock files": len(list((runtime_base() / "locks").glob(f"{root_hash(self.root)}-*"))),
             "temporary files": len(temporary),
             "connection files": sum(path.exists() for path in files),
