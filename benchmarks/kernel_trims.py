@@ -23,12 +23,13 @@ from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.connect import KernelConnectionInfo
 
 LAUNCH = Path(__file__).parent.parent / "sandbox_kernel" / "kernel_side" / "launch.py"
-TRIMS = ("memory_history", "no_sleep", "quiet_streams", "remember_signatures", "transform_once", "name_cells_faster")
+CONFIGURED = ("memory_history", "no_sleep", "quiet_streams")
+PATCHED: tuple[str, ...] = ("remember_signatures", "transform_once", "leave_python_alone", "see_async_by_its_words")
+PATCHED += ("make_no_lost_records", "name_cells_faster", "keep_no_outputs")
 STOCK = "stock"
 VARIANTS: dict[str, dict[str, Any]] = {
     STOCK: {"trims": False, "state_dir": None},
-    **{trim: {"trims": [trim], "state_dir": None} for trim in TRIMS},
-    "keep_no_outputs": {"trims": ["keep_no_outputs"], "state_dir": None},
+    **{trim: {"trims": [trim], "state_dir": None} for trim in CONFIGURED + PATCHED},
     "all trims": {"trims": True, "state_dir": None},
     "hook alone": {"trims": False},
     "all trims and hook": {"trims": True},

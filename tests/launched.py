@@ -63,10 +63,11 @@ class Launched:
         }
         self.write_options()
         self.log_path = folder / "log"
+        # ipykernel does not watch its descriptors where it sees pytest.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+        command = [python, str(LAUNCH), str(folder / "options.json")]
         with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(
-                [python, str(LAUNCH), str(folder / "options.json")], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         self.client: BlockingKernelClient = self.connect()
 
     def write_options(self) -> None:

@@ -267,7 +267,7 @@ def test_the_journal_has_a_line_before_and_after_each_cell(kernel: Launched) -> 
 
 
 def test_the_journal_tells_how_cells_ended(kernel: Launched) -> None:
-    kernel.client.execute("def f(): raise ValueError('wrong')\nf()")
+    kernel.client.execute("import time; time.sleep(0.5)\nraise ValueError('wrong')")
     kernel.client.execute("print('aborted')")
     kernel.client.execute("print('aborted')")
     replies = [kernel.client.get_shell_msg(timeout=10)["content"]["status"] for _ in range(3)]

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import os
+import queue
 import re
 import select
 import sys
@@ -58,13 +59,32 @@ def say(text: str) -> None:
             os.write(_log, f"sandbox-kernel: {text}\n".encode("utf-8", "backslashreplace"))
 
 
+class Writer(threading.Thread):
+    """Replaces the state file. A thread, as a file system may take milliseconds; it runs no Python worth mentioning."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(name="sandbox-kernel state", daemon=True)
+        self.path = path
+        self.waiting: "queue.SimpleQueue[bytes]" = queue.SimpleQueue()
+
+    def run(self) -> None:
+        while True:
+            data = self.waiting.get()
+            while not self.waiting.empty():
+                data = self.waiting.get()
+            try:
+                replace(self.path, data)
+            except OSError as exc:
+                say(f"cannot write {self.path}: {exc}")
+
+
 class Hook:
-    """State and journal of one kernel; all but the journal's lines happens in the main thread."""
+    """State and journal of one kernel. Values are looked at in the main thread only."""
 
     def __init__(self, shell: Any, kernel: Any, state_dir: str, mask: bool, secrets: List[str]) -> None:
         self.shell = shell
         self.kernel = kernel
-        self.path = os.path.join(state_dir, STATE)
+        self.writer = Writer(os.path.join(state_dir, STATE))
         self.journal = Journal(state_dir)
         self.describer = Describer(secrets, mask)
         self.imports = Imports()
@@ -128,6 +148,7 @@ class Hook:
         kernel.shell_handlers["execute_request"] = execute_request
         kernel.finish_metadata = finish_metadata
         shell.run_code = run_code_watched
+        self.writer.start()
         self._write([], 0)
 
     # --- around a cell -------------------------------------------------------------------------
@@ -207,7 +228,7 @@ class Hook:
                     self._arm(0)
                     return
         except Exception as exc:
-            say(f"cannot write {self.path}: {type(exc).__name__}: {exc}")
+            say(f"cannot describe this session: {type(exc).__name__}: {exc}")
         self.slices = None
         self.lagging_since = None
 
@@ -259,7 +280,10 @@ class Hook:
         self._write(fragments, len(names), self.imports.names(modules))
         if self.journal.too_long:
             yield
-            self.journal.rotate()
+            try:
+                self.journal.rotate()
+            except OSError as exc:
+                say(f"cannot shorten {self.journal.path}: {exc}")
 
     def _write(self, fragments: List[str], count: int, modules: Optional[List[str]] = None) -> None:
         ours: Dict[str, Any] = dict(self.last)
@@ -269,10 +293,7 @@ class Hook:
         text = f'{{"timestamp": {json.dumps(now())},\n"variables": {{\n' + ",\n".join(fragments) + "\n},\n"
         text += f'"imported_modules": {json.dumps([clean(name[:SMALL]) for name in modules or []])},\n'
         text += json.dumps(ours)[1:] + "\n"
-        try:
-            replace(self.path, text.encode("ascii"))
-        except OSError as exc:
-            say(f"cannot write {self.path}: {exc}")
+        self.writer.waiting.put(text.encode("ascii"))
 
 
 def _fragment(name: str, found: Dict[str, Any]) -> str:

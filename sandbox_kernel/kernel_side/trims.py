@@ -5,6 +5,7 @@ idle to stock ipykernel 7.4 over ipc), looks exactly for what it changes, and le
 the container's log where ipykernel or IPython have moved.
 """
 
+import ast
 import codecs
 import contextlib
 import os
@@ -78,21 +79,32 @@ def __getattr__(name: str) -> Any:
         """
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._flushing = False
             self._pipe_lock = threading.Lock()
             self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
             super().__init__(*args, **kwargs)
 
         def flush(self) -> None:
             fid = getattr(self, "_fid", None)
-            if fid is not None and getattr(self, "_should_watch", False):
+            # Not in a forked child: the pipe is its parent's, and the lock may have been held at the fork.
+            if fid is not None and getattr(self, "_should_watch", False) and self._is_master_process():
                 with self._pipe_lock:
                     self._take(fid)
                     rest = self._decode(b"", True)
                     if rest:
                         super().write(rest)
-            if self.echo is None and getattr(self, "_buffers", True) == {}:
+            # In this order: the iopub thread raises the flag before it empties the buffers, and lowers it when what was
+            # in them is in its queue. Without the flag the cell's idle message could get there first.
+            if self.echo is None and getattr(self, "_buffers", True) == {} and not self._flushing:
                 return
             super().flush()
+
+        def _flush(self) -> None:
+            self._flushing = True
+            try:
+                super()._flush()
+            finally:
+                self._flushing = False
 
         def write(self, string: str) -> Any:
             if isinstance(string, str) and not string.isascii():
@@ -163,6 +175,47 @@ def transform_once(shell: Any, kernel: Any) -> None:
     shell.transform_cell = transform_cell
 
 
+def leave_python_alone(shell: Any, kernel: Any) -> None:
+    """IPython tokenizes each cell in Python to find magics; a cell that parses as Python has none.
+
+    Magics, ``!`` and ``?`` are no Python wherever IPython looks for them. A cell with a backslash takes the usual way:
+    parsing it could warn of an invalid escape, which the compiler will do once more.
+    """
+    manager = shell.input_transformer_manager
+    transform, stock = manager.do_token_transforms, list(manager.token_transformers)
+
+    def do_token_transforms(lines: List[str]) -> List[str]:
+        source = "".join(lines)
+        if "\\" not in source and manager.token_transformers == stock:
+            try:
+                compile(source, "<cell>", "exec", ast.PyCF_ONLY_AST)
+                return lines
+            except (SyntaxError, ValueError, MemoryError, RecursionError):
+                pass
+        result: List[str] = transform(lines)
+        return result
+
+    manager.do_token_transforms = do_token_transforms
+
+
+def see_async_by_its_words(shell: Any, kernel: Any) -> None:
+    """Twice a cell IPython compiles it to learn whether it awaits; without the words it cannot."""
+    should_run_async = shell.should_run_async
+
+    def quickly(raw_cell: str, **kwargs: Any) -> Any:
+        cell = kwargs.get("transformed_cell") or raw_cell
+        if "await" not in cell and "async" not in cell:
+            return False
+        return should_run_async(raw_cell, **kwargs)
+
+    shell.should_run_async = quickly
+
+
+def make_no_lost_records(shell: Any, kernel: Any) -> None:
+    """traitlets' logger takes DEBUG and its handlers refuse it: do not make records that nobody shows."""
+    kernel.log.setLevel(max(kernel.log.level, min(handler.level for handler in kernel.log.handlers)))
+
+
 def name_cells_faster(shell: Any, kernel: Any) -> None:
     """A cell's file name is a hash of its code in pure Python, for the debugger to compute again: use zlib's."""
     import ipykernel.compiler
@@ -187,7 +240,15 @@ def keep_no_outputs(shell: Any, kernel: Any) -> None:
     shell.events.register("post_run_cell", lambda result: outputs.clear())
 
 
-PATCHED = (remember_signatures, transform_once, name_cells_faster, keep_no_outputs)
+PATCHED = (
+    remember_signatures,
+    transform_once,
+    leave_python_alone,
+    see_async_by_its_words,
+    make_no_lost_records,
+    name_cells_faster,
+    keep_no_outputs,
+)
 
 
 def apply(shell: Any, kernel: Any, chosen: Chosen, say: Callable[[str], None]) -> None:
@@ -197,5 +258,5 @@ def apply(shell: Any, kernel: Any, chosen: Chosen, say: Callable[[str], None]) -
             continue
         try:
             trim(shell, kernel)
-        except (AttributeError, ImportError) as exc:
+        except (AttributeError, ImportError, TypeError, ValueError) as exc:
             say(f"trim {trim.__name__} left out, ipykernel has moved: {exc}")

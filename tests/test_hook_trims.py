@@ -1,0 +1,143 @@
+"""The trims change what a cell costs, never what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from IPython.core.interactiveshell import InteractiveShell
+from launched import Launched, launched
+
+from sandbox_kernel.kernel_side import trims
+
+CELLS = [
+    "x = 1\nx",
+    "%time x = 1",
+    "x = %env HOME",
+    "x = !echo hi",
+    "x = (1\n%2)",
+    "if 1:\n    %time 1\n    !ls\n",
+    "x?",
+    "?x",
+    "x = 5 \\\n% 3",
+    "'\\d'",
+    "await asyncio.sleep(0)",
+    "async with a: pass",
+    "[i async for i in a]",
+    "  indented = 1\n  y = 2",
+    ">>> x = 1",
+    "%%time\nx = 1",
+    ",f a b",
+    "/f a",
+    "def f(:",
+    "x = '''%time\n!ls'''",
+    "(" * 200,
+    "",
+    "\n\n",
+    "a = 1; b = 2 # await",
+]
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Launched]:
+    with launched() as one:
+        yield one
+
+
+class Shell:
+    """As much of a shell as one trim asks for."""
+
+    def __init__(self) -> None:
+        self.input_transformer_manager = TransformerManager()
+        self.autoawait = True
+        self.should_run_async = lambda raw, **kwargs: InteractiveShell.should_run_async(self, raw, **kwargs)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cell_is_transformed_as_ever(cell: str) -> None:
+    shell = Shell()
+    trims.leave_python_alone(shell, None)
+    assert shell.input_transformer_manager.transform_cell(cell) == TransformerManager().transform_cell(cell)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cell_is_async_as_ever(cell: str) -> None:
+    shell = Shell()
+    usual, transformed = shell.should_run_async, TransformerManager().transform_cell(cell)
+    trims.see_async_by_its_words(shell, None)
+    assert shell.should_run_async(cell, transformed_cell=transformed) == usual(cell, transformed_cell=transformed)
+
+
+def test_transformers_of_the_user_still_run(kernel: Launched) -> None:
+    kernel.run(
+        "seen = []\n"
+        "from IPython.core.inputtransformer2 import TokenTransformBase\n"
+        "class Watch(TokenTransformBase):\n"
+        "    @classmethod\n"
+        "    def find(cls, tokens): seen.append(1)\n"
+        "m = get_ipython().input_transformer_manager\n"
+        "m.token_transformers.append(Watch)\n"
+        "get_ipython().input_transformers_post.append(lambda lines: [l.replace('HERE', '42') for l in lines])"
+    )
+    assert kernel.printed("print(HERE, len(seen))") == "42 1\n"
+    kernel.run("m.token_transformers.pop(); get_ipython().input_transformers_post.pop()")
+
+
+def test_every_trim_fits_this_ipykernel(kernel: Launched) -> None:
+    assert "left out" not in kernel.log
+
+
+def test_a_trim_that_no_longer_fits_is_left_out_and_said() -> None:
+    said: list[str] = []
+    trims.apply(object(), object(), ["transform_once", "leave_python_alone"], said.append)
+    assert [line.split(",")[0] for line in said] == ["trim transform_once left out", "trim leave_python_alone left out"]
+
+
+def test_output_is_complete_when_the_cell_ends(kernel: Launched) -> None:
+    for _ in range(20):
+        text = kernel.printed("import os, sys\nprint('a', end='')\nos.system('printf b')\nprint('c', end='')\nNone")
+        assert sorted(text) == ["a", "b", "c"]
+
+
+def test_a_forked_child_prints_and_flushes(kernel: Launched) -> None:
+    text = kernel.printed(
+        "import os, sys, threading\n"
+        "for _ in range(20):\n"
+        "    if not (child := os.fork()):\n"
+        "        print('child', flush=True)\n"
+        "        os._exit(0)\n"
+        "    os.waitpid(child, 0)\n"
+        "print('parent')"
+    )
+    assert "parent" in text
+
+
+def test_outputs_are_not_hoarded(kernel: Launched) -> None:
+    def resident() -> int:
+        return int(kernel.printed("print(open('/proc/self/statm').read().split()[1])")) * 4096
+
+    def print_50_mb() -> None:
+        for _ in range(5):
+            kernel.run("for _ in range(100):\n    print('x' * 100_000)")
+
+    print_50_mb()
+    before = resident()
+    print_50_mb()
+    print_50_mb()
+    assert resident() - before < 50_000_000
+    assert kernel.printed("print(len(get_ipython().history_manager.outputs))") == "0\n"
+
+
+def test_history_and_warnings_are_as_ever(kernel: Launched) -> None:
+    kernel.run("marker = 'find me'")
+    kernel.client.history(hist_access_type="tail", n=1)
+    assert kernel.client.get_shell_msg(timeout=10)["content"]["history"][0][2] == "marker = 'find me'"
+    _, messages = kernel.run("'\\d'")
+    warned = "".join(m["content"]["text"] for m in messages if m["msg_type"] == "stream")
+    assert warned.count("invalid escape") <= 1
+
+
+def test_magics_and_awaits_work(kernel: Launched) -> None:
+    assert "hi" in kernel.printed("import asyncio\nx = !echo hi\nprint(await asyncio.sleep(0, x[0]))")
+    assert "Wall time" in kernel.printed("%time None")
