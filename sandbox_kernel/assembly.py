@@ -47,6 +47,7 @@ from sandbox_kernel.record import NoRecorder, Recorder
 from sandbox_kernel.recovery import Takeover, log_unlogged, may_run
 from sandbox_kernel.session import Session
 from sandbox_kernel.settings import SessionStorage, Settings
+from sandbox_kernel.traffic import TrafficLog
 from sandbox_kernel.workspace import BindWorkspace, TmpfsWorkspace, Workspace, read_cells
 
 log = logging.getLogger(__name__)
@@ -215,6 +216,8 @@ async def _wire(
     exporter = Agent(host.exec_stream)
     stack.push_async_callback(exporter.close)
     ledger.watch = workspace.watch
+    log_path = None if workspace.path is None else workspace.path / "session.log"
+    host.traffic = traffic = TrafficLog(ledger, log_path, masker(opening.secrets))
     client_session = str(recorder.metadata.get("client_session") or random.token_hex(8))
     if spare is not None:
         client_session = spare.client_session
@@ -247,6 +250,7 @@ async def _wire(
     )
     stack.push_async_callback(session.last_lines)
     await stack.enter_async_context(ledger)
+    stack.callback(traffic.flush)
     stack.push_async_callback(session.end_kernel)
     takeover = Takeover(ledger, recorder, workspace, feed, client_session)
     if container_id is not None:

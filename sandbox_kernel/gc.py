@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 from sandbox_kernel.directory import SessionLock
 from sandbox_kernel.errors import EngineError, SessionHeld, SessionNotFound
 from sandbox_kernel.pool import FOLDER
-from sandbox_kernel.provisioning import orphans
+from sandbox_kernel.provisioning import egress, orphans
 from sandbox_kernel.provisioning.engine import Engine
+from sandbox_kernel.provisioning.network import remove_unused
 from sandbox_kernel.provisioning.runtime import RuntimeDirectory, runtime_base
 from sandbox_kernel.provisioning.survey import lock_path, survivors
 from sandbox_kernel.settings import SessionStorage, Settings
@@ -128,7 +129,6 @@ def _orphans(root: Path) -> list[str]:
         if folder.name not in kernels and SessionLock.holder(folder / ".lock") is None:
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(f"folder {FOLDER}/{folder.name}: its spare kernel is gone")
-    for network in engine.networks():
-        if engine.remove_network(network):
-            removed.append(f"network {network}: nothing uses it")
+    removed += egress.sweep(engine)
+    removed += [f"network {network}: nothing uses it" for network in remove_unused(engine)]
     return removed

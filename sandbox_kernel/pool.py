@@ -28,7 +28,8 @@ from sandbox_kernel.kernel import Kernel
 from sandbox_kernel.lifecycle import answered
 from sandbox_kernel.provisioning.container import ContainerSpec
 from sandbox_kernel.provisioning.docker import DockerProvisioner
-from sandbox_kernel.provisioning.orphans import OWNER, process_identity
+from sandbox_kernel.provisioning.orphans import OWNER
+from sandbox_kernel.provisioning.process import process_identity
 from sandbox_kernel.provisioning.runtime import kernel_ids
 from sandbox_kernel.settings import DatasetAccess, SessionStorage, Settings
 
@@ -39,7 +40,7 @@ FOLDER = ".pool"
 REFILL_AFTER_S = 0.25
 """A container's start takes the cores that the first cell of the session that has just claimed a spare is to have."""
 _POOLED = (DatasetAccess.NONE, DatasetAccess.LOCAL_RO)
-"""Where data sets are fetched, each session's container has mounts of its own."""
+"""How all sessions have the same mounts."""
 
 
 class Spare:
@@ -137,7 +138,9 @@ class Pool:
     def pools(self) -> bool:
         """Whether sessions of these settings can have a spare at all."""
         settings = self._settings
-        return settings.pool_size > 0 and settings.engine == "docker" and settings.dataset_access in _POOLED
+        # What a session may reach, and its data sets that are fetched, are its container's own from the start.
+        alike = settings.dataset_access in _POOLED and not isinstance(settings.network, list)
+        return settings.pool_size > 0 and settings.engine == "docker" and alike
 
     def take(self) -> Spare | None:
         """The spare that is ready for longest, the caller's from now on; None when there is none: start cold."""

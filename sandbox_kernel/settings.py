@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sandbox_kernel.errors import SettingsError
+from sandbox_kernel.hosts import parse_hosts
 
 _UNITS = {
     "": 1,
@@ -97,9 +98,10 @@ class Settings(BaseSettings):
     engine: Literal["docker", "local"] = "docker"
     """``local`` runs the kernel on this machine WITHOUT isolation."""
     transport: Literal["auto", "ipc", "tcp"] = "auto"
-    """``auto``: ipc where host and engine share a Linux kernel and the network is ``none``; else tcp."""
+    """``auto``: ipc where host and engine share a Linux kernel; else tcp."""
     network: Literal["none", "full"] | list[str] = "none"
-    """``none``, ``full``, or the host names that may be reached (``["pypi.org", "*.example.org:8443"]``)."""
+    """``none``, ``full``, or the hosts that may be reached over HTTP and HTTPS, through a proxy that logs
+    (``["pypi.org", "*.example.org:8443"]``; see :mod:`.hosts`)."""
     runtime: str | None = None
     """Another OCI runtime of the engine, e.g. ``runsc`` (gVisor)."""
     memory_limit: int = 2 * 2**30
@@ -173,6 +175,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 "write 'none', 'full', or a list of host names (in the environment as JSON: '[\"pypi.org\"]')"
             )
+        if isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value):
+            return [str(rule) for rule in parse_hosts(list(value))]
         return value
 
     @model_validator(mode="after")

@@ -35,11 +35,14 @@ def install(
 
 @image.command("build")
 def build(
-    tag: Annotated[str, typer.Option(help="Name of the image.")] = "sandbox:latest",
+    tag: Annotated[str | None, typer.Option(help="Name of the image [default: sandbox:latest].")] = None,
     base: Annotated[
         str | None, typer.Option(metavar="IMAGE", help="An image with Python 3.13 [default: python:3.13-slim].")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build a current image again.")] = False,
+    egress: Annotated[
+        bool, typer.Option("--egress", help="The proxy of sessions that may reach a list of hosts, instead.")
+    ] = False,
 ) -> None:
     """Build the image with numpy, pandas, matplotlib and their kin; nothing to do when it is current.
 
@@ -47,10 +50,18 @@ def build(
     Examples:
       sandbox-kernel image build
       sandbox-kernel image build --base my-registry/python:3.13
+      sandbox-kernel image build --egress
     """
-    from sandbox_kernel.provisioning.image import build_image
+    if egress:
+        from sandbox_kernel.provisioning.egress_image import build_egress_image
 
-    build_image(tag, base=base, force=force)
+        if tag is not None:
+            raise typer.BadParameter("--egress has a name of its own; leave --tag out")
+        build_egress_image(base=base, force=force)
+        return
+    from sandbox_kernel.provisioning.image import TAG, build_image
+
+    build_image(tag or TAG, base=base, force=force)
 
 
 @engine.command("up")

@@ -30,7 +30,7 @@ from traitlets import Unicode
 
 from sandbox_kernel.errors import ConnectionFileError, EngineError, KernelStartError, SessionClosed
 from sandbox_kernel.provisioning.engine import Engine, NotThere
-from sandbox_kernel.provisioning.orphans import process_identity
+from sandbox_kernel.provisioning.process import process_identity
 
 PROVISIONER = "sandbox-attach"
 """Name of the entry point in ``jupyter_client.kernel_provisioners``."""

@@ -24,6 +24,7 @@ from traitlets import Instance
 from sandbox_kernel.errors import EngineError, KernelStartError
 from sandbox_kernel.events import KernelDeath
 from sandbox_kernel.provisioning.container import COMMAND, ContainerSpec
+from sandbox_kernel.provisioning.egress_log import Traffic
 from sandbox_kernel.provisioning.readiness import SocketFiles, first
 from sandbox_kernel.provisioning.runtime import PORTS, TCP_BASE, Keys, RuntimeDirectory, connection_info
 from sandbox_kernel.settings import Settings
@@ -52,6 +53,8 @@ class SessionProvisioner(KernelProvisionerBase):
     """The published shell port; None over ipc."""
     transport: str | None = None
     """``ipc`` or ``tcp`` once launched."""
+    traffic: Traffic | None = None
+    """Who keeps what the egress proxy says; to be set before launch or attachment."""
 
     _env: Mapping[str, str] = {}
     """The kernelspec's ``env``, with its references to the host's variables replaced."""

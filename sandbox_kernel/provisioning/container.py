@@ -75,12 +75,17 @@ class ContainerSpec:
 
     def all_labels(self) -> dict[str, str]:
         """``sandbox-kernel.*``: managed, kernel, version, session, root (6 hex), path (of the root), and ``labels``."""
-        labels = {MANAGED: "1", _LABEL + "kernel": self.kernel_id, _LABEL + "version": _version()}
+        labels = {MANAGED: "1", _LABEL + "kernel": self.kernel_id, **self.root_labels()}
         if self.session_id is not None:
             labels[_LABEL + "session"] = self.session_id
+        return labels | dict(self.labels)
+
+    def root_labels(self) -> dict[str, str]:
+        """Those that say whose it is, but not which kernel: version, root, path."""
+        labels = {_LABEL + "version": _version()}
         if self.root is not None:
             labels |= {_LABEL + "root": root_hash(self.root), _LABEL + "path": str(self.root.resolve())}
-        return labels | dict(self.labels)
+        return labels
 
     def boot_options(self) -> dict[str, Any]:
         """``boot/options.json`` but for the connection file."""

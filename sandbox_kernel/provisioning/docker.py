@@ -6,6 +6,9 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,16 @@ from jupyter_client.connect import KernelConnectionInfo
 
 from sandbox_kernel.errors import ContainerConflict, EngineError, KernelStartError
 from sandbox_kernel.events import KernelDeath
+from sandbox_kernel.hosts import parse_hosts
 from sandbox_kernel.provisioning.base import SessionProvisioner, finished
 from sandbox_kernel.provisioning.container import ContainerSpec, body
 from sandbox_kernel.provisioning.death import explain, start_failure
+from sandbox_kernel.provisioning.egress import Egress
+from sandbox_kernel.provisioning.egress_log import EgressLine
 from sandbox_kernel.provisioning.engine import MANAGED, Engine, SourceMissing, tar
 from sandbox_kernel.provisioning.network import network_config
-from sandbox_kernel.provisioning.orphans import OWNER, make_room, process_identity, sweep_in_background
+from sandbox_kernel.provisioning.orphans import OWNER, make_room, sweep_in_background
+from sandbox_kernel.provisioning.process import process_identity
 from sandbox_kernel.provisioning.readiness import SocketFiles, handshake
 from sandbox_kernel.provisioning.runtime import BOOT, PORTS, SOCKETS, TCP_BASE, RuntimeDirectory
 from sandbox_kernel.provisioning.stream import ExecStream
@@ -36,6 +43,7 @@ class DockerProvisioner(SessionProvisioner):
     """See :class:`SessionProvisioner`; ``container_id`` is the container's id once it is made."""
 
     _engine: Engine | None = None
+    _egress: Egress | None = None
     _watch: Watch | None = None
     _death: KernelDeath | None = None
     _paused_by_us = False
@@ -94,8 +102,10 @@ class DockerProvisioner(SessionProvisioner):
         inside = self._inside_info(f"{SOCKETS}/k" if transport == "ipc" else "0.0.0.0")
         files = runtime.boot_files(inside, spec.boot_options(), spec.secrets)
         try:
-            await finished(self._create, engine, spec, files)
+            await finished(self._create, engine, spec, files, self._deliver_here())
             info = await self._start(engine, spec)
+            if self._egress is not None:
+                await finished(self._egress.wait_ready, spec.settings.start_timeout_s)
             if self.parent is None:
                 await finished(runtime.write_connection_file, info)
         except BaseException:
@@ -105,7 +115,13 @@ class DockerProvisioner(SessionProvisioner):
         self.connection_info = info
         return info
 
-    def _create(self, engine: Engine, spec: ContainerSpec, files: dict[str, bytes]) -> None:
+    def _create(
+        self,
+        engine: Engine,
+        spec: ContainerSpec,
+        files: dict[str, bytes],
+        deliver: Callable[[list[EgressLine]], None],
+    ) -> None:
         """Runtime directory, network, container (blocks). Sets ``container_id`` even when nobody awaits it any more."""
         runtime = self._require_runtime()
         runtime.create(files)
@@ -113,10 +129,19 @@ class DockerProvisioner(SessionProvisioner):
         if self.parent is not None:
             labels[OWNER] = process_identity(os.getpid()) or ""
         remote = engine.shares_files is False
+        if isinstance(spec.settings.network, str):
+            network = network_config(spec.settings, str(self.transport), engine)
+        else:
+            self._egress = egress = Egress(engine, spec.kernel_id)
+            rules = parse_hosts(spec.settings.network)
+            egress.create(rules, published=self.transport == "tcp", labels=spec.root_labels())
+            egress.follow(deliver, since="")
+            network = egress.host_config()
+            spec = replace(spec, env={**egress.environment(), **spec.env})
         document = body(
             spec,
             runtime_dir=None if remote else runtime.path,
-            network=network_config(spec.settings, str(self.transport), engine),
+            network=network,
             published=self._published() if self.transport == "tcp" else None,
             labels=labels,
         )
@@ -126,6 +151,17 @@ class DockerProvisioner(SessionProvisioner):
         except ContainerConflict:
             make_room(engine, spec)
             self.container_id = engine.create(spec.name, document, files=archive, files_at=BOOT)
+
+    def _deliver_here(self) -> Callable[[list[EgressLine]], None]:
+        """What another thread calls with the egress proxy's lines: they go to ``traffic``, in this event loop."""
+        loop = asyncio.get_running_loop()
+
+        def deliver(lines: list[EgressLine]) -> None:
+            if self.traffic is not None:
+                with suppress(RuntimeError):  # the loop is closed: the next holder reads them again
+                    loop.call_soon_threadsafe(self.traffic.take, lines)
+
+        return deliver
 
     def _published(self) -> dict[str, Any]:
         return {
@@ -165,6 +201,8 @@ class DockerProvisioner(SessionProvisioner):
         self._engine = engine = await finished(Engine.shared)
         watch = Watcher.shared().watch(container_id)
         try:
+            # Even where the kernel is dead: what its proxy has to say must still be heard before it is removed.
+            await self._attach_egress(Egress(engine, self._require_spec().kernel_id))
             found = await asyncio.to_thread(engine.inspect, container_id)
             labels = found["Config"].get("Labels") or {}
             who = f"the container {container_id[:12]}"
@@ -177,6 +215,8 @@ class DockerProvisioner(SessionProvisioner):
             self._keys = await asyncio.to_thread(self._runtime.keys)
         except BaseException:
             Watcher.shared().unwatch(watch)
+            if self.parent is not None:
+                self.detach()
             raise
         self.transport = labels["sandbox-kernel.transport"]
         self.container_id = found["Id"]
@@ -187,6 +227,15 @@ class DockerProvisioner(SessionProvisioner):
         self.connection_info = self._client_info()
         await asyncio.to_thread(self._runtime.write_connection_file, self.connection_info)
         return self.connection_info
+
+    async def _attach_egress(self, egress: Egress) -> None:
+        """Go on reading the proxy's lines, where the kernel has one."""
+        if await asyncio.to_thread(egress.attach):
+            since = ""
+            if self.traffic is not None:
+                since = await asyncio.to_thread(self.traffic.since, str(egress.container)[:12])
+            egress.follow(self._deliver_here(), since=since)
+            self._egress = egress
 
     # -- while it runs ---------------------------------------------------------------------
 
@@ -275,15 +324,22 @@ class DockerProvisioner(SessionProvisioner):
     def detach(self) -> None:
         if self._watch is not None:
             Watcher.shared().unwatch(self._watch)
-        self._watch = None
+        if self._egress is not None:
+            self._egress.detach()
+        self._watch = self._egress = None
         self.container_id = None
 
     def _remove_now(self) -> None:
         container = self.container_id
+        egress, self._egress = self._egress, None  # it is read on, to its last line
         self.detach()
         try:
+            if egress is not None:
+                egress.stop()
             if container is not None and self._engine is not None:
                 self._engine.remove(container)
+            if egress is not None:
+                egress.remove()
         finally:
             if self._runtime is not None:
                 self._runtime.remove()

@@ -204,6 +204,14 @@ class Engine:
         except EngineError:
             return ""
 
+    def log_stream(self, container: str, since: float) -> Any:
+        """Its output from ``since`` (seconds since 1970) on as an iterator of bytes with ``close()``.
+
+        Each line begins with the engine's time (RFC 3339, nine digits of the second). Ends when the container does.
+        """
+        with translated(f"follow the log of the container {container[:12]}"):
+            return self._api.logs(container, stream=True, follow=True, timestamps=True, since=since)
+
     def containers(self, **labels: str) -> list[dict[str, Any]]:
         """Ours, in any state, that carry these labels (``session="conv"``): Engine API list entries."""
         wanted = [f"{MANAGED}=1", *(f"sandbox-kernel.{name}={value}" for name, value in labels.items())]
@@ -232,13 +240,30 @@ class Engine:
             return answer
 
     def create_network(
-        self, name: str, *, ipam: Mapping[str, Any] | None, options: Mapping[str, str], labels: Mapping[str, str]
+        self,
+        name: str,
+        *,
+        ipam: Mapping[str, Any] | None,
+        options: Mapping[str, str],
+        labels: Mapping[str, str],
+        internal: bool = False,
     ) -> None:
         """Make a bridge network. Raises EngineError."""
         with translated(f"create the network {name}"):
             self._api.create_network(
-                name, driver="bridge", ipam=ipam, options=dict(options), labels=dict(labels), check_duplicate=True
+                name,
+                driver="bridge",
+                ipam=ipam,
+                options=dict(options),
+                labels=dict(labels),
+                internal=internal,
+                check_duplicate=True,
             )
+
+    def connect(self, container: str, network: str) -> None:
+        """Put a container into one more network."""
+        with translated(f"connect the container {container[:12]} to the network {network}"):
+            self._api.connect_container_to_network(container, network)
 
     def remove_network(self, name: str) -> bool:
         """Remove a network that nothing uses; False when it is in use. Gone already is done."""
@@ -253,10 +278,11 @@ class Engine:
             raise
         return True
 
-    def networks(self) -> list[str]:
-        """Names of our networks."""
+    def networks(self) -> list[dict[str, Any]]:
+        """Ours: Engine API list entries."""
         with translated("list the networks"):
-            return [str(entry["Name"]) for entry in self._api.networks(filters={"label": f"{MANAGED}=1"})]
+            answer: list[dict[str, Any]] = self._api.networks(filters={"label": f"{MANAGED}=1"})
+            return answer
 
     # -- streams ---------------------------------------------------------------------------
 

@@ -66,8 +66,8 @@ def recipe_hash(base: str | None = None) -> str:
 
 def is_current(tag: str = TAG, *, base: str | None = None) -> bool:
     """Whether the engine has ``tag``, made from today's recipe. Raises EngineUnavailable."""
-    with _engine() as client:
-        return _labelled(client, tag) == recipe_hash(base)
+    with engine_client() as client:
+        return recipe_of(client, tag) == recipe_hash(base)
 
 
 def build_image(tag: str = TAG, *, base: str | None = None, force: bool = False, progress: Progress = print) -> str:
@@ -77,22 +77,22 @@ def build_image(tag: str = TAG, *, base: str | None = None, force: bool = False,
     image again. ``progress`` is called with one line of text at a time.
     Raises EngineUnavailable, or EngineError naming the step that failed and its last lines.
     """
-    with _engine() as client, ExitStack() as stack:
+    with engine_client() as client, ExitStack() as stack:
         recipe = recipe_hash(base)
-        if not force and _labelled(client, tag) == recipe:
+        if not force and recipe_of(client, tag) == recipe:
             progress(f"{tag} is current.")
             return str(client.inspect_image(tag)["Id"])
         began = time.monotonic()
         architecture = str(client.version().get("Arch", "amd64"))
         progress("[1/3] base image")
-        chosen = _base(client, base, architecture, progress)
+        chosen = base_image(client, base, architecture, progress)
         progress(f"[2/3] wheels for Python {PYTHON} on {architecture}")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-wheels-")))
         _download_wheels(folder, architecture, progress)
         progress(f"[3/3] build {tag} upon {chosen}")
         context = stack.enter_context(tempfile.TemporaryFile())
         _pack(context, sorted(folder.iterdir()))
-        _build(client, context, tag, chosen, recipe, progress)
+        run_build(client, context, tag, chosen, recipe, progress)
         identity = str(client.inspect_image(tag)["Id"])
         progress(f"{tag} is ready after {time.monotonic() - began:.0f} s ({identity[7:19]}).")
         return identity
@@ -101,8 +101,8 @@ def build_image(tag: str = TAG, *, base: str | None = None, force: bool = False,
 # --- base -------------------------------------------------------------------------------------
 
 
-def _base(client: docker.APIClient, base: str | None, architecture: str, progress: Progress) -> str:
-    """The base to build upon, on the engine when this returns."""
+def base_image(client: docker.APIClient, base: str | None, architecture: str, progress: Progress) -> str:
+    """The base to build upon, on the engine when this returns: ``base``, else one with Debian trixie."""
     wanted = base or BASE
     if _present(client, wanted):
         progress(f"  {wanted} is there")
@@ -192,7 +192,9 @@ def _pack(context: IO[bytes], wheels: list[Path]) -> None:
     context.seek(0)
 
 
-def _build(client: docker.APIClient, context: IO[bytes], tag: str, base: str, recipe: str, progress: Progress) -> None:
+def run_build(
+    client: docker.APIClient, context: IO[bytes], tag: str, base: str, recipe: str, progress: Progress
+) -> None:
     """Build with the engine's classic builder: it is in every engine, and needs no buildx."""
     tail: list[str] = []
     with translated(f"build {tag}"):
@@ -219,7 +221,8 @@ def _build(client: docker.APIClient, context: IO[bytes], tag: str, base: str, re
 
 
 @contextmanager
-def _engine() -> Iterator[docker.APIClient]:
+def engine_client() -> Iterator[docker.APIClient]:
+    """A client for builds, which may be silent for long. Raises EngineUnavailable."""
     with translated("reach the container engine"):
         client = docker.from_env(version="auto", timeout=_BUILD_SILENCE_S)
     with closing(client):
@@ -230,8 +233,8 @@ def _present(client: docker.APIClient, name: str) -> bool:
     return _inspect(client, name) is not None
 
 
-def _labelled(client: docker.APIClient, name: str) -> str | None:
-    """The recipe that ``name`` was built from; None where it is not there or not ours."""
+def recipe_of(client: docker.APIClient, name: str) -> str | None:
+    """Hash of the recipe that ``name`` was built from; None where it is not there or not ours."""
     labels = ((_inspect(client, name) or {}).get("Config") or {}).get("Labels") or {}
     return labels.get(RECIPE_LABEL)
 

@@ -21,7 +21,7 @@ from sandbox_kernel.errors import EngineError, KernelStartError
 from sandbox_kernel.events import KernelDeath
 from sandbox_kernel.provisioning.base import SessionProvisioner, finished
 from sandbox_kernel.provisioning.death import from_exit
-from sandbox_kernel.provisioning.orphans import process_identity
+from sandbox_kernel.provisioning.process import process_identity
 from sandbox_kernel.provisioning.readiness import SocketFiles
 from sandbox_kernel.provisioning.runtime import BOOT, SECRETS, RuntimeDirectory
 

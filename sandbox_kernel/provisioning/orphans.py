@@ -13,25 +13,16 @@ from pathlib import Path
 
 from sandbox_kernel.errors import ContainerConflict, SandboxError
 from sandbox_kernel.events import KernelDeath
+from sandbox_kernel.provisioning import egress
 from sandbox_kernel.provisioning.container import ContainerSpec
 from sandbox_kernel.provisioning.death import explain
 from sandbox_kernel.provisioning.engine import MANAGED, Engine, NotThere
+from sandbox_kernel.provisioning.process import process_identity
 from sandbox_kernel.provisioning.runtime import RuntimeDirectory, runtime_base, session_of
 from sandbox_kernel.provisioning.watch import Watch
 
 OWNER = "sandbox-kernel.owner"
 """Label with the process a container must not outlive: ``<boot id> <pid> <start time>``."""
-
-
-def process_identity(pid: int) -> str | None:
-    """Boot id, pid and start time (clock ticks): together never used twice. None where there is no such process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        if fields[0] == b"Z":
-            return None
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {pid} {fields[19].decode()}"
-    except (OSError, IndexError):
-        return None
 
 
 def sweep(engine: Engine) -> list[str]:
@@ -45,6 +36,8 @@ def sweep(engine: Engine) -> list[str]:
         engine.remove(found["Id"])
         remove_runtime(labels)
         removed.append(str(found["Id"]))
+    if removed:
+        egress.sweep(engine)
     return removed
 
 
@@ -108,6 +101,7 @@ def clear(spec: ContainerSpec) -> None:
                 )
             engine.remove(container)
             remove_runtime(labels)
+        egress.Egress(engine, spec.kernel_id).remove()
     RuntimeDirectory(spec.kernel_id).remove()
 
 

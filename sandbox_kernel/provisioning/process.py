@@ -1,4 +1,4 @@
-"""Programs run on the host while somebody watches: their output line by line, and their last lines in the error."""
+"""Processes of the host: programs run while somebody watches, and which process is meant by a number."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from sandbox_kernel.errors import EngineError
 
@@ -38,3 +39,14 @@ def run(command: list[str], progress: Progress, *, environment: Mapping[str, str
             progress(f"  {line.rstrip()[:160]}")
     if process.returncode:
         raise EngineError(f"{' '.join(command[:3])} ... failed with {process.returncode}:\n" + "\n".join(tail))
+
+
+def process_identity(pid: int) -> str | None:
+    """Boot id, pid and start time (clock ticks): together never used twice. None where there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        if fields[0] == b"Z":
+            return None
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {pid} {fields[19].decode()}"
+    except (OSError, IndexError):
+        return None
