@@ -21,7 +21,8 @@ from sandbox_kernel.record import NoRecorder, Recorder
 LATE_QUIET_S = 0.3
 """Late output (of threads) is logged when nothing more came for so long, or with the next line of the log."""
 METADATA_AFTER_S = 0.001
-"""``session_metadata.json`` has a cell's number so soon after its line is in the log."""
+"""``session_metadata.json`` has a cell's number so soon after its line is in the log, unless cell follows cell."""
+METADATA_EVERY_S = 0.05
 LATE_LIMIT = 64_000
 
 
@@ -51,6 +52,7 @@ class Ledger:
         self._late: dict[tuple[str | None, int | None, str], list[str]] = {}
         self._late_size = 0
         self._late_timer: asyncio.TimerHandle | None = None
+        self._written = 0.0
         self.results: dict[str, asyncio.Future[ExecutionResult]] = {}
         self.notes: dict[str, dict[str, Any]] = {}
         """Further fields of a cell's result by msg_id: ``state_preserved``, ``lost_names``, ``death``."""
@@ -217,8 +219,12 @@ class Ledger:
         # Cells of the session, over all its kernels: a restarted kernel counts from 1 again.
         count = self.recorder.metadata.get("execution_count")
         self.recorder.metadata_soon(last_used=timestamp(), execution_count=count + 1 if isinstance(count, int) else 1)
-        # Replacing the file takes as long as some cells: the caller gets the result first, and the next cell runs beside.
-        asyncio.get_running_loop().call_later(METADATA_AFTER_S, self.recorder.sync)
+        # Replacing the file takes as long as some cells do: the caller gets the result first. When cell follows cell
+        # the recorder's own thread writes what is due, every quarter of a second.
+        loop = asyncio.get_running_loop()
+        if loop.time() - self._written >= METADATA_EVERY_S:
+            self._written = loop.time()
+            loop.call_later(METADATA_AFTER_S, self.recorder.sync)
 
     def line(self, result: ExecutionResult, *, spool_error: OSError | None = None) -> dict[str, Any]:
         """The fields of a ``code_execution`` line."""

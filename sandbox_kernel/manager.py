@@ -42,7 +42,8 @@ class SessionManager:
         self._sessions: dict[str, Session] = {}
         self._opening: dict[str, asyncio.Lock] = {}
         self._store: ArtifactStore | None = None
-        self._pool = Pool(self.settings)
+        self.pool = Pool(self.settings)
+        """The spare kernels of ``Settings.pool_size``; ``await manager.pool.full()`` waits until all are ready."""
         self._reaper: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -55,7 +56,7 @@ class SessionManager:
 
     async def __aenter__(self) -> Self:
         await self._open_store()
-        self._pool.fill()
+        self.pool.fill()
         if self.settings.idle_timeout_s is not None:
             self._reaper = asyncio.create_task(self._reap(self.settings.idle_timeout_s), name="idle sessions")
         return self
@@ -73,7 +74,7 @@ class SessionManager:
             with suppress(asyncio.CancelledError):
                 await self._reaper
             self._reaper = None
-        await self._pool.close()
+        await self.pool.close()
         held = list(self._sessions.values())
         ends = [session.stop() if self.settings.stop_on_exit else session.detach() for session in held]
         problems = [problem for problem in await asyncio.gather(*ends, return_exceptions=True) if problem is not None]
@@ -140,7 +141,7 @@ class SessionManager:
             fetch_dataset=self._fetch_dataset,
             secrets=dict(secrets),
             attach_only=attach_only,
-            pool=self._pool,
+            pool=self.pool,
         )
 
     async def stop(self, session_id: str) -> None:
