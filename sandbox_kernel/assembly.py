@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets as random
+import shutil
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -98,6 +99,8 @@ async def _open_bind(session: Session, opening: Opening, stack: AsyncExitStack) 
         raise _not_found(opening)
     directory.create(*kernel_ids())
     stack.enter_context(SessionLock(directory.lock))
+    if not directory.metadata.exists() and not directory.log.exists():
+        stack.callback(_discard_unopened, session, directory)
     recorder = Recorder.open(directory, durability=settings.durability)
     stack.callback(recorder.close)
     was = dict(recorder.metadata)
@@ -137,6 +140,12 @@ async def _open_bind(session: Session, opening: Opening, stack: AsyncExitStack) 
     )
     living = str(was["container_id"]) if alive else None
     await _wire(session, opening, stack, recorder, ledger, workspace, spec, living, spare)
+
+
+def _discard_unopened(session: Session, directory: SessionDirectory) -> None:
+    """A session that could not be started the first time leaves no folder; its lock is still held."""
+    if not session.opened:
+        shutil.rmtree(directory.path, ignore_errors=True)
 
 
 async def _open_tmpfs(session: Session, opening: Opening, stack: AsyncExitStack) -> None:

@@ -52,6 +52,8 @@ class Session:
         self._stack = AsyncExitStack()
         self._turn = asyncio.Lock()
         self._closed = False
+        self.opened = False
+        """It was put together: what fails before that leaves nothing behind."""
         self._keep_alive = False
         self._reason: str | None = None
         self._own: Cell | None = None
@@ -237,7 +239,7 @@ class Session:
         """Restart the kernel; returns the names of the variables that are gone. Running cells end as interrupted."""
         self._check_open()
         if self._lifecycle.kernel is None:
-            await self._lifecycle.revive()
+            await self._lifecycle.revive(asked=True)
             return []
         return await self._lifecycle.replace("requested")
 
@@ -335,8 +337,9 @@ class Session:
         self._keep_alive = yes
 
     def owns(self, stack: AsyncExitStack) -> None:
-        """What is closed when the session is left; called once, while it is put together."""
+        """What is closed when the session is left; called once, when it has been put together."""
         self._stack = stack
+        self.opened = True
 
     async def end_kernel(self) -> None:
         """The first step of leaving: end the kernel, or let go of it."""
@@ -353,8 +356,9 @@ class Session:
             return
         if self._workspace.path is not None and self._ledger.watch is not None:
             await self._ledger.watch.drain()
-        more = {} if self._reason is None else {"reason": self._reason}
-        self._recorder.stopped(self._recorder.metadata.get("container_id"), **more)
+        if self.opened:  # what never started is not said to have stopped
+            more = {} if self._reason is None else {"reason": self._reason}
+            self._recorder.stopped(self._recorder.metadata.get("container_id"), **more)
         count = self._recorder.metadata.get("execution_count", 0)
         self._recorder.update_metadata(stopped_at=timestamp(), final_execution_count=count)
 
