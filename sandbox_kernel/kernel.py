@@ -44,6 +44,10 @@ def _context() -> zmq.Context[Any]:
     return context
 
 
+class SocketReplaced(KernelStartError):
+    """Where a socket of the kernel should be is something else: nobody but the kernel can have put it there."""
+
+
 @contextmanager
 def _translated(info: Mapping[str, Any]) -> Iterator[None]:
     """zmq's errors as ours."""
@@ -234,7 +238,7 @@ class Kernel:
             raise KernelStartError(f"the kernel's socket {path} is not there: {exc.strerror}") from exc
         self._pins.append(pin)
         if not stat.S_ISSOCK(os.fstat(pin).st_mode):
-            raise KernelStartError(f"{path} is not a socket: the kernel replaced it; the session must be restarted")
+            raise SocketReplaced(f"{path} is not a socket: the kernel replaced it; the session must be restarted")
         return f"ipc:///proc/self/fd/{pin}"
 
     # -- requests --------------------------------------------------------------------------

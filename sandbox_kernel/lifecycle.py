@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from sandbox_kernel.errors import EngineError, KernelGone, KernelStartError, SandboxError
 from sandbox_kernel.events import KernelDeath, Status
 from sandbox_kernel.feed import Cell, Feed
-from sandbox_kernel.kernel import Kernel
+from sandbox_kernel.kernel import Kernel, SocketReplaced
 from sandbox_kernel.ledger import Ledger
 from sandbox_kernel.settings import Settings
 
@@ -144,8 +144,8 @@ class Lifecycle:
                 return await self._connect(info, fresh=False, timeout=REJOIN_S)
             except _Died as exc:
                 raise EngineError(str(exc)) from exc
-            except KernelStartError:
-                if loop.time() > deadline:
+            except KernelStartError as exc:
+                if isinstance(exc, SocketReplaced) or loop.time() > deadline:
                     raise
                 await asyncio.sleep(0.02)  # until the fresh kernel's sockets are there
 
@@ -209,7 +209,8 @@ class Lifecycle:
         assert self.kernel is not None
         return self.kernel
 
-    async def revive(self) -> None:
+    async def revive(self, *, asked: bool = False) -> None:
+        """Start a kernel where there is none; ``asked``: by the caller, so whatever ``restart_on_death`` says."""
         if self.kernel is not None:
             # Somebody else restarts it: the fresh one is awaited, and only without one a container is made.
             with suppress(TimeoutError):
@@ -217,7 +218,7 @@ class Lifecycle:
         async with self._changing:
             if self._ready.is_set():
                 return
-            if self._failure is not None and not self._settings.restart_on_death:
+            if self._failure is not None and not self._settings.restart_on_death and not asked:
                 raise self._failure
             await self._relaunch([])
 

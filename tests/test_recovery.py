@@ -199,6 +199,23 @@ async def test_the_container_is_gone_as_well(tmp_path: Path, engine: docker.Dock
     assert verify(tmp_path / "conv").intact
 
 
+async def replacing(manager: SessionManager, say: Callable[[], None]) -> None:
+    session = await manager.start("conv")
+    await session.execute("import os\nos.unlink('/run/kernel/k-4'); os.symlink('/run/kernel/k-1', '/run/kernel/k-4')")
+    say()
+
+
+async def test_a_kernel_that_replaced_its_sockets(tmp_path: Path) -> None:
+    await killed(replacing, tmp_path)
+    async with SessionManager(Settings(sessions_root=tmp_path)) as manager:
+        async with asyncio.timeout(10):
+            session = await manager.start("conv")
+        assert (await session.execute("1 + 1")).result == "2"
+    (death,) = lines(tmp_path, "kernel_died")
+    assert death["cause"] == "unresponsive"
+    assert "replaced" in death["message"]
+
+
 # --- what others did meanwhile ------------------------------------------------------------------
 
 

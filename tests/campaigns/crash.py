@@ -29,6 +29,7 @@ from campaigns.host import Plan, live
 from sandbox_kernel import SessionManager, Settings
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.errors import SessionHeld
+from sandbox_kernel.pool import FOLDER as POOL
 from sandbox_kernel.provisioning.container import root_hash
 from sandbox_kernel.provisioning.engine import MANAGED
 from sandbox_kernel.provisioning.runtime import runtime_base
@@ -68,7 +69,7 @@ class Campaign:
 
     def plan(self, session_id: str, number: int, chance: random.Random) -> Plan:
         """What the host process is to do."""
-        kinds = chance.choices(list(KINDS), list(KINDS.values()), k=chance.randrange(1, 4))
+        kinds = chance.choices(list(KINDS), list(KINDS.values()), k=chance.randrange(1, 6))
         steps: list[CellPlan | str] = [cell(f"{session_id}.{number}.{n}", kind, chance) for n, kind in enumerate(kinds)]
         if chance.random() < 0.08:
             steps.insert(chance.randrange(len(steps) + 1), "restart")
@@ -76,7 +77,7 @@ class Campaign:
             steps += ["stop", "start"]
         books = self.books[session_id]
         books.plans |= {step.tag: step for step in steps if isinstance(step, CellPlan)}
-        return Plan(self.root, session_id, books.notes, tuple(steps))
+        return Plan(self.root, session_id, books.notes, tuple(steps), spares=int(chance.random() < 0.15))
 
     async def round(self, lane: int, number: int, manager: SessionManager, chance: random.Random) -> None:
         session_id = f"lane{lane}-{number // LIFE}"
@@ -178,7 +179,8 @@ class Campaign:
         names = {path.name for path in runtime_base().iterdir()}
         store = self.settings.store_path
         rooms = [room for room in (store / "tmp").iterdir() if room.name != ".lock"]
-        temporary = [*rooms, *self.root.glob("*/.session_metadata.json.*"), *self.root.glob("*/.pending.*")]
+        spares = list((self.root / POOL).glob("*"))
+        temporary = [*rooms, *spares, *self.root.glob("*/.session_metadata.json.*"), *self.root.glob("*/.pending.*")]
         files = [Path(jupyter_runtime_dir(), f"kernel-{kernel}.json") for kernel in kernels]
         ours = self.engine.networks.list(filters={"label": MANAGED}, greedy=True)
         return {

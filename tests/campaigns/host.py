@@ -29,6 +29,8 @@ class Plan:
     session_id: str
     notes: Path
     steps: tuple[CellPlan | str, ...]
+    spares: int
+    """Warm kernels it keeps."""
 
 
 class Notes:
@@ -56,7 +58,8 @@ async def _live(plan: Plan, line: Connection) -> None:
 
     Recorder.accept = accepted  # type: ignore[method-assign]
     line.send(0)
-    async with SessionManager(Settings(sessions_root=plan.root, interrupt_grace_s=1.0)) as manager:
+    settings = Settings(sessions_root=plan.root, interrupt_grace_s=1.0, pool_size=plan.spares)
+    async with SessionManager(settings) as manager:
         session = await manager.start(plan.session_id)
         for number, step in enumerate(plan.steps, start=1):
             line.send(number)
