@@ -172,7 +172,7 @@ async def _open_tmpfs(session: Session, opening: Opening, stack: AsyncExitStack)
 
 
 async def _claim(opening: Opening, stack: AsyncExitStack, directory: SessionDirectory | None) -> Spare | None:
-    """A kernel out of the pool, its folders in ``directory``; None: start one. ``stack`` removes it until it is used."""
+    """A kernel out of the pool, its folders in ``directory``, on ``stack`` until it is used; None: start one."""
     if opening.secrets or (directory is not None and any(directory.artifacts.iterdir())):
         return None
     spare = opening.pool.take()
