@@ -28,7 +28,7 @@ from campaigns.cells import CellPlan, cell
 from campaigns.host import Plan, live
 from sandbox_kernel import SessionManager, Settings
 from sandbox_kernel.artifacts.store import ArtifactStore
-from sandbox_kernel.errors import SessionHeld
+from sandbox_kernel.errors import SandboxError, SessionHeld
 from sandbox_kernel.pool import FOLDER as POOL
 from sandbox_kernel.provisioning.container import root_hash
 from sandbox_kernel.provisioning.engine import MANAGED
@@ -147,7 +147,13 @@ class Campaign:
 
     async def settle(self, session_id: str, manager: SessionManager) -> None:
         """Take the session over, wait until nothing runs and nothing lies about, and let go."""
-        session = await manager.start(session_id)
+        try:
+            session = await manager.start(session_id)
+        except SandboxError as exc:
+            self.problems.append(
+                f"{session_id}: cannot be taken over: {exc!r}\n{await asyncio.to_thread(self.outputs)}"
+            )
+            session = await manager.start(session_id)
         artifacts = self.root / session_id / "artifacts"
         deadline = time.monotonic() + SETTLED_S
         while session.busy or any(artifacts.iterdir()):
@@ -156,6 +162,15 @@ class Campaign:
                 break
             await asyncio.sleep(0.02)
         await session.detach()
+
+    def outputs(self) -> str:
+        """What the containers of this campaign printed last."""
+        label = f"sandbox-kernel.root={root_hash(self.root)}"
+        entries = self.engine.api.containers(all=True, filters={"label": label})
+        return "\n".join(
+            f"{entry['Names'][0]} ({entry['Status']}): {self.engine.api.logs(entry['Id'], tail=10)!r}"
+            for entry in entries
+        )
 
     # -- all of them -----------------------------------------------------------------------
 
