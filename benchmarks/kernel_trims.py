@@ -24,8 +24,7 @@ from jupyter_client.connect import KernelConnectionInfo
 
 LAUNCH = Path(__file__).parent.parent / "sandbox_kernel" / "kernel_side" / "launch.py"
 CONFIGURED = ("memory_history", "no_sleep", "quiet_streams")
-PATCHED: tuple[str, ...] = ("remember_signatures", "transform_once", "leave_python_alone", "see_async_by_its_words")
-PATCHED += ("make_no_lost_records", "name_cells_faster", "keep_no_outputs")
+PATCHED = ("transform_once", "leave_python_alone", "see_async_by_its_words", "name_cells_faster", "keep_no_outputs")
 STOCK = "stock"
 VARIANTS: dict[str, dict[str, Any]] = {
     STOCK: {"trims": False, "state_dir": None},

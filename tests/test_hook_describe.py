@@ -19,11 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sandbox_kernel.kernel_side.describe import LIMIT, Describer, looks_secret
+from sandbox_kernel.kernel_side.libraries import LibraryDescriber
 
 
 @pytest.fixture(scope="module")
 def describer() -> Describer:
-    one = Describer(secrets=["swordfish-1234"])
+    one = LibraryDescriber(secrets=["swordfish-1234"])
     one.learn()
     return one
 

@@ -126,7 +126,7 @@ def test_outputs_are_not_hoarded(kernel: Launched) -> None:
     print_50_mb()
     print_50_mb()
     assert resident() - before < 50_000_000
-    assert kernel.printed("print(len(get_ipython().history_manager.outputs))") == "0\n"
+    assert kernel.printed("print(len(getattr(get_ipython().history_manager, 'outputs', [])))") == "0\n"
 
 
 def test_history_and_warnings_are_as_ever(kernel: Launched) -> None:

@@ -1,8 +1,8 @@
 """What a value looks like, found out in bounded time and space whatever the value is.
 
-Only the exact types listed here are looked into: builtins, and the well-known types of libraries that are already
-imported. Of anything else the class name is given and none of its code is called: no ``__repr__``, ``__len__``,
-``__class__``, ``__hash__``, ``__getattr__``. Lazy frames are of that kind, so nothing is computed.
+Only the exact types listed are looked into: builtins here, those of well-known libraries in ``libraries.py``. Of all
+else the class name is given and none of its code is called: no ``__repr__``, ``__len__``, ``__class__``, ``__hash__``,
+``__getattr__``. Lazy frames are of that kind, so nothing is computed.
 """
 
 # What these would have needs Python 3.10.
@@ -11,7 +11,6 @@ imported. Of anything else the class name is given and none of its code is calle
 import collections
 import datetime
 import re
-import sys
 import types
 import uuid
 from functools import lru_cache
@@ -24,8 +23,8 @@ LIMIT = 2_000
 ITEMS = 100
 """Items of one container that are looked at."""
 DEPTH = 4
-ROWS, COLUMNS, CELL = 10, 20, 50
-"""Corner of a table that is shown, and characters of one of its cells."""
+CELL = 50
+"""Characters of one cell of a table."""
 SMALL = 200
 """Characters of a text inside a container."""
 INT_BITS = 6_000
@@ -83,16 +82,9 @@ class Describer:
         self.mask = mask
         # By id, as looking up a class in a dictionary by itself would call its metaclass's __hash__.
         self.known: Dict[int, Tuple[type, Callable[[Any], Description]]] = {}
-        self._inline: Set[int] = set()  # shown inside containers as they are shown alone
-        self._shaped: Set[int] = set()  # shown inside containers by their shape
+        self.inline: Set[int] = set()  # shown inside containers as they are shown alone
+        self.shaped: Set[int] = set()  # shown inside containers by their shape
         self._register_builtins()
-        self._waiting: Dict[str, Callable[[Dict[str, Any]], None]] = {
-            "numpy": self._register_numpy,
-            "pandas": self._register_pandas,
-            "polars": self._register_polars,
-            "pyarrow": self._register_pyarrow,
-            "torch": self._register_torch,
-        }
 
     # --- faces ---------------------------------------------------------------------------------
 
@@ -107,17 +99,6 @@ class Describer:
         text = "***" if self.mask and looks_secret(name) else self.hide(found["value"])[:LIMIT]
         return {"type": clean(str(_name(cls))[:SMALL]), **found, "value": clean(text)}
 
-    def learn(self) -> None:
-        """Take in the types of libraries that have been imported since."""
-        for root in list(self._waiting):
-            module = sys.modules.get(root)
-            if module is not None:
-                try:
-                    self._waiting[root](vars(module))
-                except Exception:
-                    continue  # half imported; the next cell finds it whole
-                del self._waiting[root]
-
     def hide(self, text: str) -> str:
         """``text`` with every secret replaced."""
         for secret in self.secrets:
@@ -127,7 +108,7 @@ class Describer:
 
     # --- texts ---------------------------------------------------------------------------------
 
-    def _cut(self, text: str, limit: int) -> str:
+    def cut(self, text: str, limit: int) -> str:
         """The start of a text; a secret across the cut is hidden first."""
         if len(text) <= limit:
             return text
@@ -141,15 +122,15 @@ class Describer:
         if cls is int:
             return repr(value) if value.bit_length() <= INT_BITS else f"<int of {value.bit_length()} bits>"
         if cls is str:
-            return repr(self._cut(value, limit)) + ("..." if len(value) > limit else "")
+            return repr(self.cut(value, limit)) + ("..." if len(value) > limit else "")
         if cls is bytes or cls is bytearray:
             return repr(value[:limit]) + ("..." if len(value) > limit else "")
         if id(cls) in _CONTAINERS:
             return self._container(value, limit, depth)
         known = self.known.get(id(cls))
-        if known is not None and id(cls) in self._inline:
+        if known is not None and id(cls) in self.inline:
             return str(known[1](value)["value"])
-        of_shape = f" of shape {tuple(value.shape)}" if known is not None and id(cls) in self._shaped else ""
+        of_shape = f" of shape {tuple(value.shape)}" if known is not None and id(cls) in self.shaped else ""
         return f"<{class_name(cls)} object{of_shape}>"
 
     def _container(self, value: Any, limit: int, depth: int) -> str:
@@ -181,13 +162,13 @@ class Describer:
             return f"{cls.__name__}()"
         return left + ", ".join(parts) + right
 
-    def _table(self, rows: Sequence[Sequence[Any]], header: Sequence[Any], index: Sequence[Any]) -> str:
+    def table(self, rows: Sequence[Sequence[Any]], header: Sequence[Any], index: Sequence[Any]) -> str:
         """Right-aligned columns, as pandas prints them. Columns with secret-looking names are masked."""
         hidden = [self.mask and type(name) is str and looks_secret(name) for name in header]
-        lines = [["", *[self._cell(name) for name in header]]] if header else []
+        lines = [["", *[self.cell(name) for name in header]]] if header else []
         for label, row in zip(index, rows):
-            cells = ["***" if hide else self._cell(item) for item, hide in zip(row, hidden or [False] * len(row))]
-            lines.append([self._cell(label), *cells])
+            cells = ["***" if hide else self.cell(item) for item, hide in zip(row, hidden or [False] * len(row))]
+            lines.append([self.cell(label), *cells])
         if not lines:
             return ""
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -196,9 +177,9 @@ class Describer:
             for line in lines
         )
 
-    def _cell(self, value: Any) -> str:
+    def cell(self, value: Any) -> str:
         if type(value) is str:
-            text = self._cut(value, CELL).replace("\n", "\\n")
+            text = self.cut(value, CELL).replace("\n", "\\n")
         elif type(value) is float:
             text = f"{value:.6g}" if value == value else "NaN"
         else:
@@ -207,7 +188,7 @@ class Describer:
 
     # --- kinds of values -----------------------------------------------------------------------
 
-    def _know(
+    def know(
         self, describe: Callable[[Any], Description], classes: Iterable[Any], kind: Optional[Set[int]] = None
     ) -> None:
         for cls in classes:
@@ -216,13 +197,13 @@ class Describer:
                 kind.add(id(cls))
 
     def _register_builtins(self) -> None:
-        self._know(self._plain, [type(None), bool, int, float, complex])
-        self._know(self._sized, [str, bytes, bytearray, *[entry[0] for entry in _CONTAINERS.values()]])
+        self.know(self._plain, [type(None), bool, int, float, complex])
+        self.know(self._sized, [str, bytes, bytearray, *[entry[0] for entry in _CONTAINERS.values()]])
         scalars = [range, slice, datetime.date, datetime.timedelta, PosixPath, uuid.UUID, type(...)]
-        self._know(self._scalar, scalars, self._inline)
-        self._know(self._moment, [datetime.datetime, datetime.time], self._inline)
-        self._know(_function, [types.FunctionType], self._inline)
-        self._know(_builtin, [types.BuiltinFunctionType], self._inline)
+        self.know(self.scalar, scalars, self.inline)
+        self.know(self._moment, [datetime.datetime, datetime.time], self.inline)
+        self.know(_function, [types.FunctionType], self.inline)
+        self.know(_builtin, [types.BuiltinFunctionType], self.inline)
 
     def _plain(self, value: Any) -> Description:
         return {"value": self.brief(value)}
@@ -230,12 +211,12 @@ class Describer:
     def _sized(self, value: Any) -> Description:
         return {"value": self.brief(value), "length": len(value)}
 
-    def _scalar(self, value: Any) -> Description:
+    def scalar(self, value: Any) -> Description:
         """A value whose own ``str`` is short and runs no foreign code."""
         parts = (value.start, value.stop, value.step) if type(value) in (range, slice) else ()
         if any(part is not None and (type(part) is not int or part.bit_length() > INT_BITS) for part in parts):
             return {"value": f"<{type(value).__name__} object>"}
-        return {"value": self._cut(str(value), SMALL)}
+        return {"value": self.cut(str(value), SMALL)}
 
     def _moment(self, value: Any) -> Description:
         zone = value.tzinfo
@@ -252,87 +233,6 @@ class Describer:
             if is_kind(cls, base):
                 found["length"] = base.__len__(value)
         return found
-
-    def _register_numpy(self, numpy: Dict[str, Any]) -> None:
-        ndarray = numpy["ndarray"]
-
-        def array(value: Any) -> Description:
-            shape, dtype = value.shape, value.dtype
-            found: Description = {"shape": list(shape), "dtype": self._cut(str(dtype), SMALL), "size": value.nbytes}
-            if dtype.kind not in "biufcmMSU" or dtype.itemsize > LIMIT or value.ndim > 4:
-                found["value"] = f"<array of {found['dtype']} of shape {shape}>"
-                return found
-            corner = ndarray.__getitem__(value, tuple(slice(0, ROWS) for _ in shape)).view(ndarray)
-            text = self.brief(corner.tolist() if dtype.kind not in "mM" else corner.astype(str).tolist())
-            text = text.replace("], [", "],\n [")
-            found["value"] = text if corner.shape == shape else f"{text[: LIMIT - 4]}\n..."
-            return found
-
-        def scalar(value: Any) -> Description:
-            text = str(value) if value.dtype.kind in "mM" else self.brief(value.item())
-            return {"value": text, "dtype": str(value.dtype)}
-
-        self._know(array, [ndarray, numpy["memmap"]], self._shaped)
-        classes = [cls for cls in numpy.values() if is_kind(type(cls), type) and is_kind(cls, numpy["generic"])]
-        self._know(scalar, [cls for cls in classes if cls not in (numpy["object_"], numpy["void"])], self._inline)
-
-    def _register_pandas(self, pandas: Dict[str, Any]) -> None:
-        def frame(value: Any) -> Description:
-            shape = value.shape
-            head = value.iloc[:ROWS, :COLUMNS]
-            rows = head.to_numpy(dtype=object).tolist()
-            text = self._table(rows, head.columns.tolist(), head.index.tolist())
-            found: Description = {"value": text if shape[0] <= ROWS else f"{text}\n...", "shape": list(shape)}
-            names = zip(head.columns.tolist(), head.dtypes.tolist())
-            found["dtypes"] = {clean(self.hide(self._cell(name))): clean(str(dtype)[:SMALL]) for name, dtype in names}
-            return found
-
-        def series(value: Any) -> Description:
-            head = value.iloc[:ROWS]
-            name = head.name
-            hidden = self.mask and type(name) is str and looks_secret(name)
-            items = [["***" if hidden else item] for item in head.to_numpy(dtype=object).tolist()]
-            text = self._table(items, [], head.index.tolist())
-            more = "" if len(value) <= ROWS else "\n..."
-            return {"value": text + more, "shape": list(value.shape), "dtype": str(value.dtype)[:SMALL]}
-
-        def index(value: Any) -> Description:
-            text = self.brief(value[:ROWS].tolist())
-            return {"value": text, "shape": [len(value)], "dtype": str(value.dtype)[:SMALL]}
-
-        self._know(frame, [pandas["DataFrame"]], self._shaped)
-        self._know(series, [pandas["Series"]], self._shaped)
-        self._know(index, [pandas["Index"], pandas["RangeIndex"], pandas["DatetimeIndex"]], self._shaped)
-        scalars = [pandas["Timestamp"], pandas["Timedelta"], type(pandas["NaT"]), type(pandas["NA"])]
-        self._know(self._scalar, scalars, self._inline)
-
-    def _register_polars(self, polars: Dict[str, Any]) -> None:
-        def frame(value: Any) -> Description:
-            head = value[:ROWS, :COLUMNS]
-            text = self._table(head.rows(), head.columns, range(len(head)))
-            return {"value": text if len(value) <= ROWS else f"{text}\n...", "shape": list(value.shape)}
-
-        def series(value: Any) -> Description:
-            text = self.brief(value[:ROWS].to_list())
-            return {"value": text, "shape": [len(value)], "dtype": str(value.dtype)[:SMALL]}
-
-        self._know(frame, [polars["DataFrame"]], self._shaped)
-        self._know(series, [polars["Series"]], self._shaped)
-
-    def _register_pyarrow(self, pyarrow: Dict[str, Any]) -> None:
-        def table(value: Any) -> Description:
-            columns = ", ".join(map(str, value.column_names[:COLUMNS]))
-            return {"value": self._cut(f"columns: {columns}", LIMIT), "shape": list(value.shape)}
-
-        self._know(table, [pyarrow["Table"], pyarrow["RecordBatch"]], self._shaped)
-
-    def _register_torch(self, torch: Dict[str, Any]) -> None:
-        def tensor(value: Any) -> Description:
-            shape, dtype = list(value.shape), str(value.dtype)
-            text = f"<tensor of shape {tuple(shape)}, {dtype}, on {value.device}>"
-            return {"value": text, "shape": shape, "dtype": dtype}
-
-        self._know(tensor, [torch["Tensor"], torch["nn"].Parameter], self._shaped)
 
 
 _CONTAINERS: Dict[int, Tuple[type, str, str]] = {

@@ -27,8 +27,9 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 from . import trims
 from .cells import Cell, Journal, now, replace
-from .describe import SMALL, Describer, clean, is_kind
+from .describe import SMALL, clean, is_kind
 from .imports import Imports
+from .libraries import LibraryDescriber
 
 STATE = "python_state.json"
 KEPT = 2_000
@@ -86,7 +87,7 @@ class Hook:
         self.kernel = kernel
         self.writer = Writer(os.path.join(state_dir, STATE))
         self.journal = Journal(state_dir)
-        self.describer = Describer(secrets, mask)
+        self.describer = LibraryDescriber(secrets, mask)
         self.imports = Imports()
         self.main = threading.get_ident()
         self.loop: Optional[asyncio.AbstractEventLoop] = None

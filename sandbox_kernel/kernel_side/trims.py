@@ -1,8 +1,9 @@
 """What an ipykernel does at each cell that nobody here uses, left out one by one.
 
-Each trim says what it saves, as measured by ``benchmarks/kernel_trims.py`` (``pass``, ratio of the time to reply AND
-idle to stock ipykernel 7.4 over ipc), looks exactly for what it changes, and leaves stock behaviour with one line in
-the container's log where ipykernel or IPython have moved.
+Each trim looks exactly for what it changes, and leaves stock behaviour with one line in the container's log where
+ipykernel or IPython have moved. Each says what it saves alone (``benchmarks/kernel_trims.py``: time to reply AND idle,
+ratio to stock ipykernel 7.4 over ipc, for ``pass`` or for 100 lines). All together: 0.58 for ``pass``, 0.41 for 100
+lines, on a machine that was busy otherwise. What saved less than 1 % was left out: memoised signatures, log records.
 """
 
 import ast
@@ -13,7 +14,7 @@ import select
 import sys
 import threading
 import zlib
-from typing import Any, Callable, Dict, Iterator, List, Tuple, Union
+from typing import Any, Callable, Iterator, List, Union
 
 Chosen = Union[bool, List[str]]
 """Option ``trims``: all, none, or those named (to measure one)."""
@@ -40,17 +41,17 @@ def skip_debugger() -> None:
 
 
 def memory_history(config: Any) -> None:
-    """Keep the history in memory, not in a file on disk written by a thread of its own."""
+    """Keep the history in memory, not in a file on disk written by a thread of its own. ``pass``: 0.82."""
     config.HistoryManager.hist_file = ":memory:"
 
 
 def no_sleep(config: Any) -> None:
-    """Do not sleep 0.5 ms before each reply "to prevent output synchronization problems": our reader waits for idle."""
+    """Do not sleep 0.5 ms before each reply: our reader waits for idle and needs no delay. ``pass``: 0.88 to 1.0."""
     config.Kernel._execute_sleep = 0.0
 
 
 def quiet_streams(config: Any) -> None:
-    """Flush stdout and stderr only when something is buffered (four times a cell, two hops to another thread each)."""
+    """Flush only when something is buffered: four flushes a cell, two hops each. ``pass``: 0.79 to 0.95."""
     config.IPKernelApp.outstream_class = f"{__name__}.QuietStream"
 
 
@@ -143,24 +144,8 @@ def __getattr__(name: str) -> Any:
 # --- when the kernel is made -------------------------------------------------------------------
 
 
-def remember_signatures(shell: Any, kernel: Any) -> None:
-    """``inspect.signature`` of ``run_cell`` once instead of at every cell."""
-    import ipykernel.ipkernel
-
-    accepts: Callable[[Any, Any], Any] = ipykernel.ipkernel._accepts_parameters
-    known: Dict[Tuple[Any, ...], Any] = {}
-
-    def accepts_parameters(method: Any, names: Any) -> Any:
-        key = (getattr(method, "__func__", method), *names)
-        if key not in known:
-            known[key] = accepts(method, names)
-        return known[key]
-
-    ipykernel.ipkernel._accepts_parameters = accepts_parameters  # type: ignore[assignment, unused-ignore]
-
-
 def transform_once(shell: Any, kernel: Any) -> None:
-    """ipykernel transforms a cell to decide whether it is async, then IPython transforms it again: keep the first."""
+    """ipykernel transforms a cell to see whether it awaits, then IPython does again: keep one. 100 lines: 0.75."""
     transform = shell.transform_cell
     last = [None, None]
 
@@ -176,7 +161,7 @@ def transform_once(shell: Any, kernel: Any) -> None:
 
 
 def leave_python_alone(shell: Any, kernel: Any) -> None:
-    """IPython tokenizes each cell in Python to find magics; a cell that parses as Python has none.
+    """IPython tokenizes each cell in Python to find magics; a cell that parses as Python has none. 100 lines: 0.80.
 
     Magics, ``!`` and ``?`` are no Python wherever IPython looks for them. A cell with a backslash takes the usual way:
     parsing it could warn of an invalid escape, which the compiler will do once more.
@@ -199,7 +184,7 @@ def leave_python_alone(shell: Any, kernel: Any) -> None:
 
 
 def see_async_by_its_words(shell: Any, kernel: Any) -> None:
-    """Twice a cell IPython compiles it to learn whether it awaits; without the words it cannot."""
+    """Twice a cell IPython compiles it to learn whether it awaits; without the words it cannot. 100 lines: 0.78."""
     should_run_async = shell.should_run_async
 
     def quickly(raw_cell: str, **kwargs: Any) -> Any:
@@ -211,13 +196,8 @@ def see_async_by_its_words(shell: Any, kernel: Any) -> None:
     shell.should_run_async = quickly
 
 
-def make_no_lost_records(shell: Any, kernel: Any) -> None:
-    """traitlets' logger takes DEBUG and its handlers refuse it: do not make records that nobody shows."""
-    kernel.log.setLevel(max(kernel.log.level, min(handler.level for handler in kernel.log.handlers)))
-
-
 def name_cells_faster(shell: Any, kernel: Any) -> None:
-    """A cell's file name is a hash of its code in pure Python, for the debugger to compute again: use zlib's."""
+    """A cell's file name is a hash of its code in pure Python, for the debugger: use zlib's. 0.5 ms of 100 lines."""
     import ipykernel.compiler
 
     if not callable(ipykernel.compiler.murmur2_x86):
@@ -226,7 +206,7 @@ def name_cells_faster(shell: Any, kernel: Any) -> None:
 
 
 def keep_no_outputs(shell: Any, kernel: Any) -> None:
-    """IPython keeps every output of every cell in ``history_manager.outputs``: after 200 MB of prints, 382 MB."""
+    """IPython keeps every output in ``history_manager.outputs``: after 200 MB of prints, 382 MB. Saves no time."""
     outputs = getattr(shell.history_manager, "outputs", None)
     if outputs is None:  # an IPython before 9.0: nothing is kept
         return
@@ -241,11 +221,9 @@ def keep_no_outputs(shell: Any, kernel: Any) -> None:
 
 
 PATCHED = (
-    remember_signatures,
     transform_once,
     leave_python_alone,
     see_async_by_its_words,
-    make_no_lost_records,
     name_cells_faster,
     keep_no_outputs,
 )
