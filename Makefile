@@ -30,9 +30,10 @@ format: venv ## format and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-image: engine ## sandbox:latest, built when its recipe has changed
+image: engine ## sandbox:latest and sandbox-egress:latest, built when their recipes have changed
 	@$(call need,mmdebstrap,mmdebstrap)
 	@$(BIN)/python -m sandbox_kernel.provisioning.image
+	@$(BIN)/sandbox-kernel image build --egress
 
 engine: venv ## a Docker Engine that answers
 	@$(BIN)/python -m sandbox_kernel.provisioning.bringup --yes

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sandbox_kernel.errors import SandboxError
 from sandbox_kernel.provisioning.bringup import engine_status, plan
+from sandbox_kernel.provisioning.egress_image import IMAGE as EGRESS_IMAGE
 from sandbox_kernel.provisioning.engine import Engine
 from sandbox_kernel.provisioning.image import TAG, is_current
 from sandbox_kernel.provisioning.probe import Probe, engine_runtimes, probe
@@ -114,6 +115,8 @@ def _engine(settings: Settings) -> Iterator[Check]:
     yield from _guarded("runtime", lambda: _runtimes(settings))
     image = list(_guarded("image", lambda: [_image(settings.image)]))
     yield from image
+    if isinstance(settings.network, list):
+        yield from _guarded("egress image", lambda: [_egress_image()])
     uid, _ = kernel_ids()
     yield Check("kernel uid", uid != 0, True, f"kernels run with uid {uid}")
     if image[0].ok:
@@ -156,6 +159,12 @@ def _image(image: str) -> Check:
     there = _present(image)
     detail = f"{TAG} is there, made from another recipe than this version's" if there else f"{TAG} is not on the engine"
     return Check("image", there, True, detail, "sandbox-kernel image build")
+
+
+def _egress_image() -> Check:
+    there = _present(EGRESS_IMAGE)
+    detail = f"{EGRESS_IMAGE} is {'there' if there else 'not on the engine; network as a list of hosts needs it'}"
+    return Check("egress image", there, True, detail, "sandbox-kernel image build --egress")
 
 
 def _present(image: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from sandbox_kernel.errors import EngineError
 from sandbox_kernel.provisioning.engine import Engine, NotThere, close_stream
-from sandbox_kernel.provisioning.squid import FATAL, LISTENING, read_line
+from sandbox_kernel.provisioning.squid import LISTENING, read_line
 
 _AGAIN_S = 0.2
 
@@ -78,10 +78,12 @@ class EgressLog(threading.Thread):
         try:
             if self._fresh:
                 self._engine.start(self._container)
-            while not self._closed.is_set() and self._goes_on():
+            while not self._closed.is_set():
                 # ValueError, AttributeError: docker-py's reader when the stream is closed under it
                 with suppress(EngineError, ValueError, AttributeError, OSError):
                     self._read()
+                if (self._fresh and not self._listening) or not self._goes_on():
+                    return
                 self._closed.wait(_AGAIN_S)
         except EngineError as exc:
             self.failure = exc
@@ -91,9 +93,7 @@ class EgressLog(threading.Thread):
                 self._changed.notify_all()
 
     def _goes_on(self) -> bool:
-        """Whether there is, or will be, something to read. At first there always is."""
-        if self._stream is None:
-            return True
+        """Whether there will be more to read."""
         try:
             state = self._engine.inspect(self._container)["State"]
         except NotThere:
@@ -119,10 +119,9 @@ class EgressLog(threading.Thread):
         if at <= self._last:
             return None
         self._last = at
-        if not said.startswith("{") and (LISTENING in said or FATAL in said):
+        if LISTENING in said and not said.startswith("{"):
             with self._changed:
-                self._listening = LISTENING in said
-                self._ended = not self._listening
+                self._listening = True
                 self._changed.notify_all()
         found = read_line(said)
         return None if found is None else EgressLine(self._container[:12], at, *found)

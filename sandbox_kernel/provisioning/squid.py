@@ -17,8 +17,6 @@ PORT = 3128
 """Where it listens."""
 LISTENING = "Accepting HTTP Socket connections"
 """Stands in its output once it does."""
-FATAL = "| FATAL:"
-"""Stands in its output before it ends."""
 
 _INWARD = (
     *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
