@@ -90,7 +90,6 @@ class Soak:
                 await self.killed(session)
             else:
                 await self.ran(session, plan)
-            self.statuses["cells"] += 1
         await manager.stop(session.id)
         folder = self.settings.sessions_root / session.id
         lines = [line for line in log_of(folder) if line["event"] == "code_execution"]
@@ -185,20 +184,21 @@ def report(soak: Soak, folder: Path, threads: set[threading.Thread], before: Cou
     while (alive := set(threading.enumerate()) - threads) and time.monotonic() < deadline:
         for thread in alive:
             thread.join(0.1)  # those that end by themselves when they have nothing left to do
-    # Two pools belong to the process and wait for its next session: docker-py's connections and zmq's threads. Without
-    # them nothing may be open.
-    pooled = descriptors()
-    Engine.shared()._api.close()
-    zmq.Context.instance().term()
-    opened = descriptors() - before
     containers = soak.engine.api.containers(
         all=True, filters={"label": f"sandbox-kernel.root={root_hash(soak.settings.sessions_root)}"}
     )
+    # Two pools belong to the process and wait for its next session: docker-py's connections and zmq's threads. Without
+    # them nothing may be open.
+    pooled = descriptors()
+    soak.engine.close()
+    Engine.shared()._api.close()
+    zmq.Context.instance().term()
+    opened = descriptors() - before
     first, last = thirds(soak.samples or [resident()])
     flat = last <= first * (1 + GROWTH)
     for problem in soak.problems[:40]:
         print(f"PROBLEM: {problem}")
-    print(f"cells ended: {dict(soak.statuses)}; containers killed: {soak.kills}")
+    print(f"cells {soak.statuses.total()}, ended: {dict(soak.statuses)}; containers killed: {soak.kills}")
     print(
         f"left: containers {len(containers)}, threads {sorted(t.name for t in alive)}, descriptors {dict(opened)} "
         f"(with the process's two pools {(pooled - before).total()})"
