@@ -23,9 +23,7 @@ _NO_LIMIT = 0.0
 
 
 def run(
-    file: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="Python file; - or none: standard input.")
-    ] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="Python file; - or none: standard input.")] = None,
     code: Annotated[str | None, typer.Option("-c", "--code", metavar="CODE", help="Run this code.")] = None,
     session: SessionName = None,
     timeout: Annotated[
