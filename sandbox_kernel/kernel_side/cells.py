@@ -15,7 +15,9 @@ from .describe import clean
 CODE_LIMIT = 20_000
 TEXT_LIMIT = 2_000
 ROTATE_BYTES = 1 << 20
-APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: a FIFO that the session's code put there is an error, not a wait for ever.
+SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | SAFELY
 
 
 def now() -> str:
@@ -75,7 +77,7 @@ class Journal:
     def rotate(self) -> None:
         """Keep the newest half. Raises OSError."""
         self.too_long = False
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(self.path, os.O_RDONLY | SAFELY)
         with open(descriptor, "rb") as file:
             file.seek(-ROTATE_BYTES // 2, os.SEEK_END)
             file.readline()
@@ -87,7 +89,7 @@ def replace(path: str, data: bytes) -> None:
     """Put ``data`` at ``path`` at once: readers see the old file or the new one. Raises OSError."""
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | SAFELY, 0o644)
     try:
         with open(descriptor, "wb") as file:
             file.write(data)
