@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 256 * 2**20
 """zmq refuses a larger message and drops the connection: it would only fill the host's memory."""
-MESSAGES_PER_TURN = 500
-"""Messages read before other tasks of the event loop get a turn."""
+MESSAGES_PER_TURN, BYTES_PER_TURN = 500, 2 * 2**20
+"""What is read before other tasks of the event loop get a turn."""
 MAX_SOCKETS = 16_000
 
 
@@ -78,7 +78,8 @@ class Channel:
         self._loop.call_soon(self.read)
 
     def read(self) -> None:
-        for _ in range(MESSAGES_PER_TURN):
+        messages = size = 0
+        while messages < MESSAGES_PER_TURN and size < BYTES_PER_TURN:
             if not self._open:
                 return
             try:
@@ -87,6 +88,8 @@ class Channel:
                 return
             except zmq.ZMQError:
                 return
+            messages += 1
+            size += sum(map(len, frames))
             try:
                 self._deliver(read_message(self._wire, frames))
             except Exception as exc:  # whatever a hostile kernel sends, the reader goes on

@@ -13,6 +13,7 @@ import os
 import select
 import sys
 import threading
+import time
 import zlib
 from typing import Any, Callable, Iterator, List, Union
 
@@ -23,6 +24,12 @@ Chosen = Union[bool, List[str]]
 def wants(chosen: Chosen, trim: Callable[..., None]) -> bool:
     return chosen is True or (isinstance(chosen, list) and trim.__name__ in chosen)
 
+
+UNSENT = 256 * 1024
+"""Characters that a stream holds back at most."""
+BURST, PER_SECOND = 16 * 2**20, 32 * 2**20
+"""Characters that may be printed at once, and in the long run. What is printed faster than a client reads zmq queues
+without end, and cannot tell: a loop of prints would end at the container's memory limit."""
 
 # --- before the kernel starts ------------------------------------------------------------------
 
@@ -72,15 +79,19 @@ def __getattr__(name: str) -> Any:
     from ipykernel.iostream import OutStream
 
     class QuietStream(OutStream):  # type: ignore[misc, unused-ignore]
-        """ipykernel's stream with three differences.
+        """ipykernel's stream with four differences.
 
         ``flush()`` returns at once when nothing is buffered, saving two hops to the iopub thread; what a child process
         or C code wrote to the descriptor before is flushed too, so that it is this cell's and not an afterthought; and
-        a lone surrogate, which no message can carry, is printed as its escape instead of losing the whole message.
+        a lone surrogate, which no message can carry, is printed as its escape instead of losing the whole message; and
+        whoever prints faster than the iopub thread sends waits for it: the buffer, and so a message, is bounded, where
+        ``while True: print(...)`` would fill the container's memory in seconds.
         """
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self._flushing = False
+            self._unsent = 0
+            self._credit, self._credited = float(BURST), 0.0
             self._pipe_lock = threading.Lock()
             self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
             super().__init__(*args, **kwargs)
@@ -102,6 +113,7 @@ def __getattr__(name: str) -> Any:
 
         def _flush(self) -> None:
             self._flushing = True
+            self._unsent = 0
             try:
                 super()._flush()
             finally:
@@ -110,7 +122,19 @@ def __getattr__(name: str) -> Any:
         def write(self, string: str) -> Any:
             if isinstance(string, str) and not string.isascii():
                 string = string.encode("utf-8", "backslashreplace").decode("utf-8")
-            return super().write(string)
+            written = super().write(string)
+            self._unsent += len(string)
+            if self._unsent > UNSENT and self._is_master_process():
+                self._pace(self._unsent)
+                self.flush()
+            return written
+
+        def _pace(self, size: int) -> None:
+            now = time.monotonic()
+            self._credit = min(BURST, self._credit + (now - self._credited) * PER_SECOND) - size
+            self._credited = now
+            if self._credit < 0:
+                time.sleep(-self._credit / PER_SECOND)
 
         def _take(self, fid: int) -> None:
             """What is in the pipe now; the lock is held, so that flush and the watching thread keep the order."""
