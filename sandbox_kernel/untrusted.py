@@ -23,6 +23,7 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 MAX_DEPTH = 64
 MAX_ENTRIES = 1_000_000
 
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """A regular file below a hostile folder: its path (POSIX, valid UTF-8) and what ``lstat`` said."""
