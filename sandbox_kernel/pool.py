@@ -138,9 +138,7 @@ class Pool:
     def pools(self) -> bool:
         """Whether sessions of these settings can have a spare at all."""
         settings = self._settings
-        # What a session may reach, and its data sets that are fetched, are its container's own from the start.
-        alike = settings.dataset_access in _POOLED and not isinstance(settings.network, list)
-        return settings.pool_size > 0 and settings.engine == "docker" and alike
+        return settings.pool_size > 0 and settings.engine == "docker" and settings.dataset_access in _POOLED
 
     def take(self) -> Spare | None:
         """The spare that is ready for longest, the caller's from now on; None when there is none: start cold."""
