@@ -15,8 +15,10 @@ import pytest
 import pytest_asyncio
 
 from sandbox_kernel import SessionManager, SessionStorage, Settings
+from sandbox_kernel.errors import LimitExceeded
 from sandbox_kernel.pool import FOLDER, Pool
 from sandbox_kernel.provisioning.container import root_hash
+from sandbox_kernel.provisioning.memory import check_memory
 from sandbox_kernel.session import Session
 from sandbox_kernel.settings import DatasetAccess
 
@@ -179,6 +181,16 @@ async def test_data_sets_are_mounted(tmp_path: Path) -> None:
         session = await manager.start("a")
         assert len(manager.pool) == 0
         assert (await session.execute("open('/data/a.csv').read()")).result == "'a,b\\n'"
+
+
+def test_a_full_machine_says_so(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       24637488 kB\nMemFree:   9000 kB\nMemAvailable:     102400 kB\n")
+    with pytest.raises(LimitExceeded, match="100 MB of memory left.*sandbox-kernel gc"):
+        check_memory(meminfo)
+    meminfo.write_text("MemAvailable:    1024000 kB\n")
+    check_memory(meminfo)
+    check_memory(tmp_path / "nothing")
 
 
 KILLED = """

@@ -23,6 +23,7 @@ from sandbox_kernel.provisioning.death import explain, start_failure
 from sandbox_kernel.provisioning.egress import Egress
 from sandbox_kernel.provisioning.egress_log import EgressLine
 from sandbox_kernel.provisioning.engine import MANAGED, Engine, SourceMissing, tar
+from sandbox_kernel.provisioning.memory import check_memory
 from sandbox_kernel.provisioning.network import network_config
 from sandbox_kernel.provisioning.orphans import OWNER, make_room, sweep_in_background
 from sandbox_kernel.provisioning.process import process_identity
@@ -99,6 +100,7 @@ class DockerProvisioner(SessionProvisioner):
         runtime = self._require_runtime()
         if transport == "ipc":
             runtime.check_length()
+            await asyncio.to_thread(check_memory)  # over ipc the container is on this machine
         inside = self._inside_info(f"{SOCKETS}/k" if transport == "ipc" else "0.0.0.0")
         files = runtime.boot_files(inside, spec.boot_options(), spec.secrets)
         try:
