@@ -305,6 +305,7 @@ async def _attached(
         await host.remove()
         await asyncio.to_thread(orphans.clear, spec)
         await takeover.bury(death)
+        session.opened = True  # by the process that died: unless a kernel is launched, it has stopped now
         return False
     session.spare_kernel(False)
     return True
