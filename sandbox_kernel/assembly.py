@@ -279,6 +279,7 @@ async def _wire(
         workspace.forget_journal()
         await _launch(lifecycle, spec)
     else:
+        spare.host.assign(spec)  # before the metadata name it: a spare whose process has died is anybody's to sweep
         await lifecycle.adopt(spare.kernel, spare.info, spare.dead)
         await spare.hand_over(spec)
         lifecycle.spawn(_rename(spare.host))
