@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sandbox_kernel.events import CellError, CellEvent, Status, strip_ansi, utc_now
+from sandbox_kernel.events import CellError, CellEvent, Status, shorten, strip_ansi, utc_now
 from sandbox_kernel.message import Message, count_of
 from sandbox_kernel.outputs import OutputCollector, clean
 
@@ -23,6 +23,8 @@ REPLY_GRACE_S = 0.5
 """How long after idle the reply may still come."""
 REMEMBERED = 512
 """Finished cells remembered, so that what their threads print later is told whose it is."""
+MAX_FOREIGN = 64
+"""Cells of others that can run at once; a kernel can say of any number that they do."""
 OWN_ORIGIN = "sandbox-kernel"
 
 
@@ -205,7 +207,10 @@ class Feed:
         if cell is None:
             if not msg_id or msg_id in self._past or parent.get("session") == self._client_session:
                 return
-            code = clean(content.get("code", ""))
+            foreign = [other for other in self.cells.values() if not other.own and not other.adopted]
+            if len(foreign) >= MAX_FOREIGN:
+                self.abandon(foreign[0], "unknown")
+            code = shorten(clean(content.get("code", "")), self._limit)
             cell = self.cells[msg_id] = Cell(msg_id, code, origin_of(parent), self._collector(msg_id), own=False)
         count = count_of(content.get("execution_count"))
         if count is not None:
@@ -218,7 +223,7 @@ class Feed:
     def _late(self, msg_id: str | None, msg_type: str, content: Message) -> None:
         """Output whose cell has ended (a thread's), or that belongs to no cell."""
         if msg_type == "stream":
-            name, text = clean(content.get("name", "stdout")), clean(content.get("text", ""))
+            name, text = "stderr" if content.get("name") == "stderr" else "stdout", clean(content.get("text", ""))
         elif msg_type in ("display_data", "execute_result"):
             data = content.get("data")
             name, text = "display", clean(data.get("text/plain", "")) if isinstance(data, dict) else ""

@@ -41,6 +41,12 @@ MAX_OBJECTS = 2_000
 """Output objects kept per cell (half at the head, half at the tail); a loop of ``display()`` is bounded."""
 BUNDLE_FACTOR = 32
 """Rich displays (pictures) may take this many times ``limit``."""
+NAME_LIMIT = 1_000
+METADATA_LIMIT = 64_000
+MAX_INLINE = 4 * 2**20
+"""Bytes of displays that one line of the log takes. A line that grew past ``logfile.MAX_LINE`` would hide its cell."""
+MAX_SPOOL = 2 * 2**30
+"""Bytes kept of the whole of one output: printing without end must not fill the disk."""
 INLINE_TEXT = 64_000
 """A MIME value longer than this (bytes) stands in the log as a reference to a blob."""
 
@@ -126,6 +132,8 @@ class Spool:
         self.file: BinaryIO = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by the session after storing
 
     def write(self, data: bytes) -> None:
+        """Keep ``data``, up to ``MAX_SPOOL`` altogether. Raises OSError."""
+        data = data[: MAX_SPOOL - self.size]
         self.file.write(data)
         self.size += len(data)
 
@@ -154,6 +162,8 @@ class OutputCollector:
         self._dropped = 0
         self._clear_next = False
         self._displays: dict[str, list[Output]] = {}
+        self._updated: dict[str, int] = {}
+        """What the last update of each display took of the budget."""
 
     # -- adding ----------------------------------------------------------------------------
 
@@ -193,18 +203,18 @@ class OutputCollector:
     def _bundle(self, msg_type: str, content: dict[str, Any]) -> CellEvent:
         raw_data, raw_meta = content.get("data"), content.get("metadata")
         data = (
-            {str(mime): _mime_value(mime, value) for mime, value in raw_data.items()}
+            {str(mime)[:NAME_LIMIT]: _mime_value(mime, value) for mime, value in raw_data.items()}
             if isinstance(raw_data, dict)
             else {}
         )
-        metadata = dict(raw_meta) if isinstance(raw_meta, dict) else {}
-        size = sum(len(value) if isinstance(value, str) else 200 for value in data.values())
+        metadata = dict(raw_meta) if isinstance(raw_meta, dict) and _cost(raw_meta) <= METADATA_LIMIT else {}
+        size = _bundle_size(data)
         count = content.get("execution_count")
         if msg_type == "execute_result":
             if size > self._limit and _size(clean(data.get("text/plain", ""))) > self._limit:
                 self._spool_bundle(data)
                 data = {**data, "text/plain": shorten(clean(data["text/plain"]), self._limit)}
-                size = sum(len(value) if isinstance(value, str) else 200 for value in data.values())
+                size = _bundle_size(data)
             self.result = clean(data.get("text/plain", ""))
             output: Output = {
                 "output_type": "execute_result",
@@ -220,8 +230,9 @@ class OutputCollector:
         display_id = transient.get("display_id") if isinstance(transient, dict) else None
         update = msg_type == "update_display_data"
         if update:
+            kept = self._afford(str(display_id), data, size)
             for shown in self._displays.get(str(display_id), ()):
-                shown["data"], shown["metadata"] = data, metadata
+                shown["data"], shown["metadata"] = kept, metadata
         else:
             output = {"output_type": "display_data", "data": data, "metadata": metadata}
             if self._show(output, size) and display_id is not None and len(self._displays) < MAX_OBJECTS:
@@ -234,16 +245,29 @@ class OutputCollector:
             update=update,
         )
 
+    def _afford(self, display_id: str, data: dict[str, Any], size: int) -> dict[str, Any]:
+        """What of an update is kept: it takes the place of the last one in the budget."""
+        if display_id not in self._displays:
+            return data
+        self._bundle_budget += self._updated.pop(display_id, 0)
+        if size > self._bundle_budget:
+            self._spool_bundle(data)
+            return {"text/plain": f"[{size} bytes of display data left out]"}
+        self._bundle_budget -= size
+        self._updated[display_id] = size
+        return data
+
     def _error(self, content: dict[str, Any]) -> CellEvent:
         lines = content.get("traceback")
         traceback = [clean(line) for line in lines] if isinstance(lines, list) else []
-        name, value = clean(content.get("ename", "")), clean(content.get("evalue", ""))
+        name, value = clean(content.get("ename", ""))[:NAME_LIMIT], clean(content.get("evalue", ""))
         whole = "\n".join(traceback)
         if _size(whole) + _size(value) > self._limit:
             self._spool_text("error", f"{name}: {value}\n{whole}")
             value, traceback = shorten(value, self._limit // 4), [shorten(whole, self._limit // 2)]
         self.error = CellError(name=name, value=value, traceback=strip_ansi("\n".join(traceback)))
-        self._show({"output_type": "error", "ename": name, "evalue": value, "traceback": traceback}, 0)
+        size = _size(value) + sum(map(_size, traceback))
+        self._show({"output_type": "error", "ename": name, "evalue": value, "traceback": traceback}, size)
         return ErrorData(msg_id=self.msg_id, error=self.error)
 
     def _clear(self, wait: bool) -> CellEvent:
@@ -258,6 +282,7 @@ class OutputCollector:
         self._tail.clear()
         self._sizes.clear()
         self._displays.clear()
+        self._updated.clear()
         self._text_budget, self._bundle_budget, self._tail_text = self._limit // 2, self._limit * BUNDLE_FACTOR, 0
         self._dropped = 0
         self._clear_next = False
@@ -286,8 +311,12 @@ class OutputCollector:
             self._tail_text += size
         else:
             if size > self._bundle_budget:
-                self._spool_bundle(output["data"])
-                output["data"] = {"text/plain": f"[{size} bytes of display data left out]"}
+                if "data" in output:
+                    self._spool_bundle(output["data"])
+                    output["data"] = {"text/plain": f"[{size} bytes of display data left out]"}
+                else:
+                    self._spool_text("error", "\n".join([output["ename"], output["evalue"], *output["traceback"], ""]))
+                    output |= {"evalue": shorten(output["evalue"], NAME_LIMIT), "traceback": []}
                 size = 0
             self._bundle_budget -= size
             if not self._tail and len(self._head) < MAX_OBJECTS // 2:
@@ -304,9 +333,10 @@ class OutputCollector:
         self._dropped += size
         if output["output_type"] == "stream":
             self._tail_text -= size
-        elif "data" in output:
+        else:
             self._bundle_budget += size
-            self._spool_bundle(output["data"])
+            if "data" in output:
+                self._spool_bundle(output["data"])
 
     def _spool_bundle(self, data: dict[str, Any]) -> None:
         self._spool_text("displays", json.dumps(data, default=str) + "\n")
@@ -361,6 +391,14 @@ class OutputCollector:
         return merged
 
 
+def _cost(value: Any) -> int:
+    return len(value) if isinstance(value, str) else len(json.dumps(value, default=str))
+
+
+def _bundle_size(data: dict[str, Any]) -> int:
+    return sum(len(mime) + _cost(value) for mime, value in data.items())
+
+
 def _mime_value(mime: Any, value: Any) -> Any:
     """JSON MIME types hold any JSON value; all others text."""
     if isinstance(value, str):
@@ -375,13 +413,18 @@ def for_log(outputs: list[Output], put_blob: Callable[[bytes, str], str]) -> lis
 
     ``put_blob(data, mime)`` stores the bytes and returns their SHA-256.
     """
-    return [
-        {**output, "data": _refer(output["data"], put_blob)} if isinstance(output.get("data"), dict) else output
-        for output in outputs
-    ]
+    logged, left = [], MAX_INLINE
+    for output in outputs:
+        if isinstance(output.get("data"), dict):
+            data = _refer(output["data"], put_blob, left)
+            left = max(0, left - _bundle_size(data))
+            output = {**output, "data": data}
+        logged.append(output)
+    return logged
 
 
-def _refer(data: dict[str, Any], put_blob: Callable[[bytes, str], str]) -> dict[str, Any]:
+def _refer(data: dict[str, Any], put_blob: Callable[[bytes, str], str], room: int) -> dict[str, Any]:
+    """``room``: bytes that may stay in the line."""
     kept: dict[str, Any] = {}
     references: list[dict[str, Any]] = []
     for mime, value in data.items():
@@ -395,7 +438,8 @@ def _refer(data: dict[str, Any], put_blob: Callable[[bytes, str], str]) -> dict[
                 raw = value.encode("utf-8", "replace")
         else:
             text = value if isinstance(value, str) else json.dumps(value)
-            if _size(text) > INLINE_TEXT and mime != "text/plain":
+            room -= _size(text)
+            if room < 0 or (_size(text) > INLINE_TEXT and mime != "text/plain"):
                 raw = text.encode("utf-8")
         if raw is None:
             kept[mime] = value
