@@ -13,7 +13,8 @@ import pytest
 from sandbox_kernel.provisioning.egress_image import is_egress_current
 
 SERVER = """
-import http.server, ssl, threading
+import http.server, socket, ssl, threading
+deaf = socket.create_server(("0.0.0.0", 9))
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         body = b"hello from " + self.headers.get("Host", "").encode()

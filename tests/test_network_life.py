@@ -60,7 +60,7 @@ def kernel_id(folder: Path) -> str:
 @pytest.mark.parametrize("transport", ["ipc", "tcp"])
 async def test_start_death_and_stop(internet: Internet, tmp_path: Path, transport: str) -> None:
     before = ours(internet.client)
-    settings = Settings(sessions_root=tmp_path, network=["public.test"], transport=transport)
+    settings = Settings(sessions_root=tmp_path, network=["public.test", "public.test:9"], transport=transport)
     async with SessionManager(settings) as manager:
         session = await manager.start("s")
         first = kernel_id(tmp_path / "s")
@@ -72,13 +72,17 @@ async def test_start_death_and_stop(internet: Internet, tmp_path: Path, transpor
         assert await asked(session, "print(ask('unlisted.test:443')[1])") == "403"
         assert len(ours(internet.client) - before) == 2
         internet.join(kernel_id(tmp_path / "s"))
-        # A tunnel that is open when the session stops has its line all the same.
+        # A tunnel that is open when the session stops has its line all the same, be its other end deaf.
         assert await asked(session, "kept = ask('public.test:443'); print(kept[1])") == "200"
+        stuck = "deaf = ask('public.test:9'); deaf[0].settimeout(1)\n"
+        stuck += "try:\n    while True: deaf[0].send(bytes(65536))\nexcept OSError: print(deaf[1])"
+        assert await asked(session, stuck) == "200"
         await session.stop()
     assert ours(internet.client) == before
     found = [(line["event"], line["host"]) for line in traffic(tmp_path / "s")]
     let, refused = ("network_connection", "public.test"), ("network_refused", "unlisted.test")
-    assert sorted(found) == sorted([let, refused, refused, let])
+    assert sorted(found) == sorted([let, refused, refused, let, let])
+    assert max(line.get("bytes_sent", 0) for line in traffic(tmp_path / "s")) > 10_000
     assert [json.loads(line)["event"] for line in (tmp_path / "s/session.log").read_text().splitlines()][
         -1
     ] == "session_stopped"

@@ -32,7 +32,7 @@ _UPSTREAM = "bridge"
 _UID = 65532
 _MEMORY = 256 * 2**20
 _YOUNG_S = 120.0
-_STOP_S = 3.0
+_STOP_S = 10.0
 _COMMAND = 'printf %s "$SQUID_CONF" > /tmp/squid.conf && exec squid -N -f /tmp/squid.conf'
 
 

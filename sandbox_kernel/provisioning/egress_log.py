@@ -107,18 +107,19 @@ class EgressLog(threading.Thread):
         if self._closed.is_set():
             close_stream(stream)
             return
-        rest = b""
+        rest, known = b"", True  # the stream begins a little early
         for chunk in stream:
             *whole, rest = (rest + chunk).split(b"\n")
             lines = [line for data in whole if (line := self._line(data.decode("utf-8", "replace"))) is not None]
+            if known:
+                lines = [line for line in lines if line.at > self._last]
+                known = not lines
             if lines:
+                self._last = lines[-1].at
                 self._deliver(lines)
 
     def _line(self, text: str) -> EgressLine | None:
         at, _, said = text.partition(" ")
-        if at <= self._last:
-            return None
-        self._last = at
         if LISTENING in said and not said.startswith("{"):
             with self._changed:
                 self._listening = True

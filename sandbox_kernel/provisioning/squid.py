@@ -38,6 +38,7 @@ deny_info ERR_INWARD inward
 http_access deny !sandbox
 http_access deny manager"""
 # negative_dns_ttl is also the least time an answer is kept: what was checked is what is connected to.
+# debug_options: of Squid's own remarks only those on its start and end. Others quote requests, and might forge a line.
 _REST = """\
 http_access deny all
 http_port {address}:{port}
@@ -59,6 +60,7 @@ pid_filename none
 coredump_dir /tmp
 cache_store_log none
 cache_log stdio:/dev/stderr
+debug_options ALL,0 1,1
 visible_hostname egress.sandbox
 logformat egress {{"method":"%#.30rm","host":"%#.280>rd","port":"%#.30>rP","status":%>Hs,"outcome":"%Ss",\
 "error":"%err_code","address":"%<a","sent":%>st,"received":%<st,"ms":%tr}}
