@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from benchmarks import cells, density, files, floods, report, starts, viewing
+from benchmarks import cells, density, files, floods, report, rivals, starts, viewing
 from benchmarks.measure import Bench, Measurement
 
 Rows = Callable[[Bench], Awaitable[list[Measurement]]]
@@ -24,11 +24,14 @@ ROWS: dict[str, Rows] = {
     "ingest": files.ingest_alone,
     "viewer": viewing.viewer,
     "memory": density.memory,
+    "rivals": rivals.rivals,
     "density": density.density,
 }
 
 
-async def _run(names: list[str], bench: Bench) -> tuple[list[Measurement], int]:
+async def _run(
+    names: list[str], bench: Bench, written: Callable[[list[Measurement]], None]
+) -> tuple[list[Measurement], int]:
     found: list[Measurement] = []
     failures = 0
     for name in names:
@@ -43,6 +46,7 @@ async def _run(names: list[str], bench: Bench) -> tuple[list[Measurement], int]:
             ratio = f"{one.ratio:.3f} x" if one.ratio is not None else f"{one.median:.4g}"
             print(f"  {one.row}: {ratio} {'' if one.met is not False else 'MISSED'}", file=sys.stderr, flush=True)
         found += rows
+        written(found)
     return found, failures
 
 
@@ -63,15 +67,18 @@ def main() -> int:
     folder.chmod(0o755)
     bench = Bench(repetitions, repetitions, arguments.quick, folder, arguments.image)
     about = report.machine()
-    try:
-        found, failures = asyncio.run(_run(arguments.rows or list(ROWS), bench))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     output = arguments.output
     if output is None and not arguments.rows and not arguments.quick:
         output = report.RESULTS
-    if output is not None:
-        print(report.write(found, about, output), file=sys.stderr)
+
+    def written(found: list[Measurement]) -> None:
+        if output is not None:  # after each row: a run that is cut short leaves what it has
+            report.write(found, about, output)
+
+    try:
+        found, failures = asyncio.run(_run(arguments.rows or list(ROWS), bench, written))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     print(report.markdown(found, about))
     return 1 if failures else 0
 
