@@ -21,6 +21,8 @@ from sandbox_kernel.outputs import OutputCollector, clean
 
 REPLY_GRACE_S = 0.5
 """How long after idle the reply may still come."""
+IDLE_GRACE_S = 5.0
+"""After the reply, how long iopub may be silent: then its idle is lost (a message too large drops the connection)."""
 REMEMBERED = 512
 """Finished cells remembered, so that what their threads print later is told whose it is."""
 MAX_FOREIGN = 64
@@ -117,6 +119,8 @@ class Feed:
         self._past: OrderedDict[str, int | None] = OrderedDict()
         self.execution_count = 0
         """The highest count seen."""
+        self._heard = 0.0
+        """When iopub last said anything."""
         self.on_adopted_idle: Callable[[Cell], None] | None = None
         """Called when the kernel is done with an adopted cell; ends in :meth:`conclude`."""
 
@@ -164,9 +168,21 @@ class Feed:
             cell.execution_count = count
         if cell.idle:
             self._finish(cell)
+        else:
+            asyncio.get_running_loop().call_later(IDLE_GRACE_S, self._without_idle, cell)
+
+    def _without_idle(self, cell: Cell) -> None:
+        silent = time.monotonic() - self._heard
+        if cell.msg_id not in self.cells:
+            return
+        if silent >= IDLE_GRACE_S:
+            self._finish(cell)
+        else:
+            asyncio.get_running_loop().call_later(IDLE_GRACE_S - silent, self._without_idle, cell)
 
     def iopub(self, message: Message) -> None:
         """A message of the iopub channel."""
+        self._heard = time.monotonic()
         msg_type, content, parent = message.get("msg_type", ""), message["content"], _parent(message)
         msg_id = parent.get("msg_id")
         if msg_type == "status":
