@@ -116,8 +116,8 @@ class Soak:
 
     async def killed(self, session: Session) -> None:
         call = asyncio.create_task(session.execute("import time; time.sleep(60)", timeout=60))
-        while not session.busy:
-            await asyncio.sleep(0.01)  # until the cell has been sent
+        while not any(cell.running for cell in session._feed.cells.values()):
+            await asyncio.sleep(0.01)  # until it runs: after a death the kernel may be a new one that still starts
         await asyncio.to_thread(self.engine.api.kill, session.container_id)
         self.kills += 1
         status = (await call).status
