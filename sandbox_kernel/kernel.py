@@ -23,7 +23,7 @@ from typing import Any, cast
 import zmq
 from jupyter_client.session import Session as WireSession
 
-from sandbox_kernel.errors import ConnectionFileError, KernelStartError
+from sandbox_kernel.errors import ConnectionFileError, KernelStartError, SandboxError
 from sandbox_kernel.feed import Feed
 from sandbox_kernel.message import Message, read_message
 
@@ -33,6 +33,8 @@ MAX_MESSAGE_BYTES = 256 * 2**20
 """zmq refuses a larger message and drops the connection: it would only fill the host's memory."""
 MESSAGES_PER_TURN, BYTES_PER_TURN = 500, 2 * 2**20
 """What is read before other tasks of the event loop get a turn."""
+REOPEN_S = 0.2
+"""A connection that is lost while the kernel lives is opened again after so long; a kernel that dies takes all of them."""
 MAX_SOCKETS = 16_000
 
 
@@ -122,14 +124,15 @@ class Kernel:
             session=client_session,
         )
         self._channels: dict[str, Channel] = {}
-        self._pins: list[int] = []
+        self._pins: dict[str, int] = {}
         self._replies: dict[str, asyncio.Future[Message]] = {}
         self._idles: dict[str, asyncio.Future[None]] = {}
         self.feed: Feed | None = None
         self._welcome: asyncio.Future[None] | None = None
         self.on_disconnected: Callable[[Kernel], None] | None = None
         """Called when the kernel's process has let go of its control socket: it ended, or somebody restarted it."""
-        self._monitor: tuple[zmq.Socket[bytes], int] | None = None
+        self._monitors: dict[str, tuple[zmq.Socket[bytes], int]] = {}
+        self._ended = False
 
     # -- life ------------------------------------------------------------------------------
 
@@ -167,14 +170,12 @@ class Kernel:
     def close(self) -> None:
         """Close the channels; the kernel itself is not touched."""
         self.on_disconnected = None
-        if self._monitor is not None:
-            asyncio.get_running_loop().remove_reader(self._monitor[1])
-            self._monitor[0].close(linger=0)
-            self._monitor = None
+        for name in list(self._monitors):
+            self._unwatch(name)
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
-        for pin in self._pins:
+        for pin in self._pins.values():
             os.close(pin)
         self._pins.clear()
         for reply in self._replies.values():
@@ -198,32 +199,51 @@ class Kernel:
             if server_key is not None:
                 socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
                 socket.curve_serverkey = server_key.encode() if isinstance(server_key, str) else server_key
-            if name == "control":
-                self._watch(socket)
+            if name in ("control", "iopub"):
+                self._watch(name, socket)
             socket.connect(self._address(name))
         except BaseException:
             socket.close(linger=0)
             raise
         self._channels[name] = Channel(socket, self._wire, deliver)
 
-    def _watch(self, socket: zmq.Socket[bytes]) -> None:
+    def _watch(self, name: str, socket: zmq.Socket[bytes]) -> None:
         """Have zmq tell when the connection is lost."""
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         descriptor = cast(int, monitor.getsockopt(zmq.FD))
-        self._monitor = (monitor, descriptor)
-        asyncio.get_running_loop().add_reader(descriptor, self._lost)
-        asyncio.get_running_loop().call_soon(self._lost)  # the descriptor tells of nothing before a first look
+        self._monitors[name] = (monitor, descriptor)
+        asyncio.get_running_loop().add_reader(descriptor, self._lost, name)
+        asyncio.get_running_loop().call_soon(self._lost, name)  # the descriptor tells of nothing before a first look
 
-    def _lost(self) -> None:
-        if self._monitor is None:
-            return
+    def _unwatch(self, name: str) -> None:
+        monitor, descriptor = self._monitors.pop(name)
+        asyncio.get_running_loop().remove_reader(descriptor)
+        monitor.close(linger=0)
+
+    def _lost(self, name: str) -> None:
         try:
-            while self._monitor is not None:
-                self._monitor[0].recv_multipart(zmq.NOBLOCK)
+            while name in self._monitors:
+                self._monitors[name][0].recv_multipart(zmq.NOBLOCK)
+                if name == "iopub":
+                    asyncio.get_running_loop().call_later(REOPEN_S, self._reopen_iopub)
+                    continue
+                self._ended = True
                 if self.on_disconnected is not None:
                     self.on_disconnected(self)
         except zmq.ZMQError:
             return
+
+    def _reopen_iopub(self) -> None:
+        """After a message larger than any may be, zmq does not connect again by itself."""
+        if self._ended or "iopub" not in self._channels:
+            return
+        self._unwatch("iopub")
+        self._channels.pop("iopub").close()
+        pin = self._pins.pop("iopub", None)
+        if pin is not None:
+            os.close(pin)
+        with suppress(SandboxError, zmq.ZMQError):
+            self._open("iopub", zmq.SUB, self._on_iopub)
 
     def _address(self, name: str) -> str:
         try:
@@ -239,7 +259,7 @@ class Kernel:
             pin = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as exc:
             raise KernelStartError(f"the kernel's socket {path} is not there: {exc.strerror}") from exc
-        self._pins.append(pin)
+        self._pins[name] = pin
         if not stat.S_ISSOCK(os.fstat(pin).st_mode):
             raise SocketReplaced(f"{path} is not a socket: the kernel replaced it; the session must be restarted")
         return f"ipc:///proc/self/fd/{pin}"
