@@ -34,7 +34,7 @@ MAX_MESSAGE_BYTES = 256 * 2**20
 MESSAGES_PER_TURN, BYTES_PER_TURN = 500, 2 * 2**20
 """What is read before other tasks of the event loop get a turn."""
 REOPEN_S = 0.2
-"""A connection that is lost while the kernel lives is opened again after so long; a kernel that dies takes all of them."""
+"""iopub's connection, lost while the kernel lives, is opened again after so long; a dying kernel drops them all."""
 MAX_SOCKETS = 16_000
 
 
