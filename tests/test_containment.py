@@ -255,7 +255,7 @@ used = sum(sum(os.wait4(pid, 0)[2][:2]) for pid in pids)
         assert result.error is not None and "Too many open files" in result.error.value
         await run(victim, "del kept")
         await usable(victim)
-        code = "import os\nos.mkdir('/tmp/many')\ntry:\n    for n in range(1_000_000): os.mknod(f'/tmp/many/{n}')\nexcept OSError as e: print(e)"
-        await victim.execute(code, timeout=3)
+        code = "import os\nos.mkdir('/tmp/many')\ntry:\n    for n in range(100_000): os.mknod(f'/tmp/many/{n}')\nexcept OSError as e: print(e)"
+        await victim.execute(code, timeout=10)
         await run(victim, "import shutil\nshutil.rmtree('/tmp/many', ignore_errors=True)")
         await usable(victim)
