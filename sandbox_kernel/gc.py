@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from sandbox_kernel.directory import SessionLock
 from sandbox_kernel.errors import EngineError, SessionHeld, SessionNotFound
 from sandbox_kernel.pool import FOLDER
-from sandbox_kernel.provisioning import egress, orphans
+from sandbox_kernel.provisioning import egress, local, orphans
 from sandbox_kernel.provisioning.engine import Engine
 from sandbox_kernel.provisioning.network import remove_unused
 from sandbox_kernel.provisioning.runtime import RuntimeDirectory, runtime_base
@@ -66,7 +66,7 @@ async def _unheld(manager: SessionManager) -> dict[str, _Left]:
     for survivor in await survivors(settings):
         if SessionLock.holder(survivor.lock) is None and not (root / survivor.session_id).exists():
             tmpfs = settings.model_copy(update={"session_storage": SessionStorage.TMPFS})
-            found[survivor.session_id] = _Left(tmpfs, kept=False)
+            found[survivor.session_id] = _Left(tmpfs, kept=survivor.kept and survivor.alive)
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
         metadata = read_metadata(folder)[0] if not folder.name.startswith(".") else None
         ours = metadata is not None and metadata.get("client_session") and not metadata.get("stopped_at")
@@ -78,8 +78,11 @@ async def _unheld(manager: SessionManager) -> dict[str, _Left]:
 
 
 def _lives(metadata: dict[str, object]) -> bool:
+    container_id = str(metadata.get("container_id"))
+    if metadata.get("engine") == "local":
+        return local.lives(container_id)
     with suppress(EngineError):
-        return bool(Engine.shared().inspect(str(metadata.get("container_id")))["State"]["Running"])
+        return bool(Engine.shared().inspect(container_id)["State"]["Running"])
     return False
 
 

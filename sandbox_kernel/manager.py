@@ -19,6 +19,7 @@ from sandbox_kernel.events import SessionInfo
 from sandbox_kernel.gc import collect
 from sandbox_kernel.masking import check_secrets
 from sandbox_kernel.pool import Pool
+from sandbox_kernel.provisioning import local
 from sandbox_kernel.provisioning.survey import Survivor, survivors
 from sandbox_kernel.session import Session
 from sandbox_kernel.settings import SessionStorage, Settings
@@ -193,9 +194,10 @@ class SessionManager:
     def _status(self, session_id: str, metadata: dict[str, Any], survivor: Survivor | None) -> Any:
         if self._held(session_id) is not None:
             return "running"
-        if survivor is not None and survivor.alive:
+        on_host = metadata.get("engine") == "local" and local.lives(str(metadata.get("container_id")))
+        if on_host or (survivor is not None and survivor.alive):
             lock = SessionDirectory(self.settings.sessions_root, session_id).lock
-            held = SessionLock.holder(lock if metadata else survivor.lock)
+            held = SessionLock.holder(lock if metadata or survivor is None else survivor.lock)
             return "running" if held is not None else "detached"
         return "stopped" if metadata.get("stopped_at") else "dead"
 

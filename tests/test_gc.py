@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import docker
 import pytest
@@ -141,3 +142,17 @@ async def test_nothing_of_anybody_else_s_is_touched(tmp_path: Path, theirs: Call
         assert young.exists()
     finally:
         young.rmdir()
+
+
+@pytest.mark.parametrize("how", [{"session_storage": "TMPFS"}, {"engine": "local"}])
+@pytest.mark.filterwarnings("ignore:.*WITHOUT isolation")
+async def test_what_is_kept_on_purpose_is_kept_in_every_storage(tmp_path: Path, how: dict[str, Any]) -> None:
+    settings = Settings(sessions_root=tmp_path, stop_on_exit=False, **how)
+    async with SessionManager(settings) as first:
+        await (await first.start("kept")).execute("x = 1")
+    async with SessionManager(settings) as second:
+        assert [info.status for info in await second.list()] == ["detached"]
+        await second.gc()
+        session = await second.get("kept")
+        assert (await session.execute("x")).result == "1"
+        await second.stop("kept")

@@ -78,6 +78,8 @@ class ContainerSpec:
         labels = {MANAGED: "1", _LABEL + "kernel": self.kernel_id, **self.root_labels()}
         if self.session_id is not None:
             labels[_LABEL + "session"] = self.session_id
+        if not self.settings.stop_on_exit:
+            labels[_LABEL + "keep"] = "1"
         return labels | dict(self.labels)
 
     def root_labels(self) -> dict[str, str]:

@@ -73,6 +73,13 @@ class ProcessStream:
         await self._process.wait()
 
 
+def lives(container_id: str) -> bool:
+    """Whether the kernel of that ``container_id`` runs; False for what is none of ``engine="local"``."""
+    *_, boot, pid, started = ("", "", "", *container_id.split(":"))
+    known = container_id.startswith("local:") and pid.isdigit()
+    return known and process_identity(int(pid)) == f"{boot} {pid} {started}"
+
+
 class LocalHostProvisioner(SessionProvisioner):
     """``container_id`` is ``local:<kernel id>:<pid>:<start time>``; the kernel works in ``<runtime dir>/work``."""
 
@@ -154,11 +161,10 @@ class LocalHostProvisioner(SessionProvisioner):
 
     async def attach(self, container_id: str) -> KernelConnectionInfo:
         try:
-            _, kernel_id, boot, pid, started = container_id.split(":")
-            alive = process_identity(int(pid)) == f"{boot} {pid} {started}"
+            _, kernel_id, _, pid, _ = container_id.split(":")
         except ValueError:
             raise EngineError(f"{container_id!r} is no kernel of engine='local'") from None
-        if not alive:
+        if not lives(container_id):
             raise EngineError(f"the kernel's process {pid} has ended; start the session again")
         self.kernel_id = kernel_id
         self._runtime = RuntimeDirectory(kernel_id)

@@ -23,6 +23,8 @@ class Survivor:
     kernel_id: str
     image: str
     alive: bool
+    kept: bool
+    """It is to outlive the process that started it."""
     runtime: Path
     """Its kernel's runtime directory."""
     lock: Path
@@ -64,6 +66,7 @@ def _survivors(settings: Settings) -> list[Survivor]:
                     kernel_id=labels.get("sandbox-kernel.kernel", ""),
                     image=entry.get("Image", ""),
                     alive=entry.get("State") in ("running", "paused"),
+                    kept=labels.get("sandbox-kernel.keep") == "1",
                     runtime=Path(labels.get("sandbox-kernel.runtime", "")),
                     lock=lock_path(settings, session_id),
                 )
