@@ -43,12 +43,12 @@ async def test_whatever_it_kills_the_caller_is_back(victim: Session, what: str) 
     result = await victim.execute(KILLS[what], timeout=2)
     took = time.monotonic() - began
     assert result.status in ("timeout", "kernel_died", "error", "ok", "interrupted"), result
-    # The timeout, the grace, 1 s as promised, and 2 s for a machine with much else to do.
-    assert took < 2 + 1 + 1 + 2, took
+    # The timeout, the grace, 1 s as promised, and 6 s for a machine on which other tests run (1 to 2 s when idle).
+    assert took < 2 + 1 + 1 + 6, took
     began = time.monotonic()
     if result.status == "ok":
         # It said so before its parent's death reached it; the next cell may be the one that dies of it.
         await victim.execute("'still there?'")
     await usable(victim)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 15
     assert [line for line in events(victim, "code_execution") if line["msg_id"] == result.msg_id]

@@ -129,7 +129,7 @@ raw([b'x', b'<IDS|MSG>', b'0' * 64] + parts)
         await victim.execute(TOOLS + "forge('status', {'execution_state': 'idle'})\nwhile True: pass", timeout=5)
         began = time.monotonic()
         await victim.execute("'behind the one that still runs'", timeout=2)
-        assert time.monotonic() - began < 2 + 2 + 3
+        assert time.monotonic() - began < 2 + 2 + 8
         await usable(victim)
 
     async def test_cells_that_nobody_sent(self, victim: Session) -> None:
