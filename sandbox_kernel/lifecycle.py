@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 INTERRUPT_EVERY_S = 1.0
 """An interrupt that was lost (in a finally block, say) is repeated so often during the grace."""
 
-FOREIGN_WAIT_S = 3600.0
-"""How long another client's cell may put off our timeout: a kernel can say that there is one."""
 
 IN_PLACE_S = 3.0
 """Longest wait for a restart within the container (it takes some 100 ms); then the container is replaced."""
@@ -233,13 +231,14 @@ class Lifecycle:
             return None
         return asyncio.get_running_loop().call_later(timeout, self._expire, cell, timeout)
 
-    def _expire(self, cell: Cell, timeout: float, waited: float = 0.0) -> None:
+    def _expire(self, cell: Cell, timeout: float, put_off: bool = False) -> None:
         if cell.finished.is_set() or cell.msg_id not in self._feed.cells:
             return
         others = any(other.running for other in self._feed.cells.values() if other is not cell)
-        if not cell.running and others and waited < FOREIGN_WAIT_S:
-            # Somebody else's cell holds the kernel: our time has not begun.
-            asyncio.get_running_loop().call_later(timeout, self._expire, cell, timeout, waited + timeout)
+        if not cell.running and others and not put_off:
+            # Somebody else's cell holds the kernel: our time has not begun. Once only: hostile code can say that there
+            # is such a cell, and a caller who gave a timeout must come back.
+            asyncio.get_running_loop().call_later(timeout, self._expire, cell, timeout, True)
             return
         self.spawn(self.end_cell(cell, "timeout"))
 
