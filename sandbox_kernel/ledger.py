@@ -19,11 +19,13 @@ from sandbox_kernel.outputs import Output, for_log
 from sandbox_kernel.record import NoRecorder, Recorder
 
 LATE_QUIET_S = 0.3
-"""Late output (of threads) is logged when nothing more came for so long, or with the next line of the log."""
+"""Late output (of threads) is gathered for so long, then logged; or with the next line of the log."""
 METADATA_AFTER_S = 0.001
 """``session_metadata.json`` has a cell's number so soon after its line is in the log, unless cell follows cell."""
 METADATA_EVERY_S = 0.05
 LATE_LIMIT = 64_000
+LATE_KEYS = 64
+"""Cells and streams told apart in one such batch."""
 
 
 class Watch(Protocol):
@@ -51,6 +53,7 @@ class Ledger:
         self._held: list[Artifact] | None = None
         self._late: dict[tuple[str | None, int | None, str], list[str]] = {}
         self._late_size = 0
+        self._late_dropped = 0
         self._late_timer: asyncio.TimerHandle | None = None
         self._written = 0.0
         self.results: dict[str, asyncio.Future[ExecutionResult]] = {}
@@ -123,21 +126,21 @@ class Ledger:
     def late(self, msg_id: str | None, execution_count: int | None, name: str, text: str) -> None:
         """Output that came after its cell had ended: gathered, then one line per cell and stream."""
         key = (msg_id, execution_count, name)
-        if key not in self._late and len(self._late) >= 64:
-            self.flush_late()
-        if self._late_size < LATE_LIMIT:
+        if self._late_size < LATE_LIMIT and (key in self._late or len(self._late) < LATE_KEYS):
             self._late.setdefault(key, []).append(text[:LATE_LIMIT])
             self._late_size += len(text)
-        if self._late_timer is not None:
-            self._late_timer.cancel()
-        loop = asyncio.get_running_loop()
-        self._late_timer = loop.call_later(0 if self._late_size >= LATE_LIMIT else LATE_QUIET_S, self.flush_late)
+        else:  # a thread that prints without end must not fill the disk
+            self._late_dropped += len(text)
+        if self._late_timer is None:
+            self._late_timer = asyncio.get_running_loop().call_later(LATE_QUIET_S, self.flush_late)
 
     def flush_late(self) -> None:
         if self._late_timer is not None:
             self._late_timer.cancel()
             self._late_timer = None
         late, self._late, self._late_size = self._late, {}, 0
+        dropped, self._late_dropped = self._late_dropped, 0
+        more = {"characters_left_out": dropped} if dropped else {}
         for (msg_id, execution_count, name), texts in late.items():
             self.append(
                 "output_after_cell",
@@ -145,6 +148,7 @@ class Ledger:
                 execution_count=execution_count,
                 name=name,
                 text=self.masked("".join(texts)),
+                **more,
             )
 
     # -- lines -----------------------------------------------------------------------------
