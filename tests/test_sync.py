@@ -27,7 +27,7 @@ from sandbox_kernel.errors import ArtifactNotFound, InvalidSessionId, SessionClo
 from sandbox_kernel.events import Finished, Stdout
 from sandbox_kernel.settings import Settings
 
-WIRING = {"wire", "owns", "spare_kernel", "end_kernel", "last_lines", "store", "last_used"}
+WIRING = {"wire", "owns", "opened", "spare_kernel", "end_kernel", "last_lines", "store", "last_used"}
 """Of the async session: for those who put it together."""
 
 
