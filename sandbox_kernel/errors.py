@@ -28,7 +28,7 @@
 A cell that fails, times out or takes its kernel with it is NOT an exception: it is an
 :class:`~sandbox_kernel.events.ExecutionResult` whose ``status`` says so. Exceptions are for what the
 caller can mend. Foreign errors are translated in one place each: docker's in
-``provisioning/engine.py``, zmq's in ``kernel.py``, the file system's in ``record.py`` and ``artifacts/store.py``.
+``provisioning/engine.py``, zmq's in ``kernel.py``, the file system's in ``record.py`` and ``artifacts/``.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sqlite3
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sandbox_kernel.artifacts.blobs import BlobFolder
-from sandbox_kernel.artifacts.catalog import Catalog
+from sandbox_kernel.artifacts.catalog import Catalog, salvage, set_aside
 from sandbox_kernel.events import BLOB_MIME, Artifact
 
 ORPHAN_AGE_S = 600.0
@@ -62,6 +63,28 @@ def check_store(blobs: BlobFolder, catalog: Catalog, *, repair: bool) -> Iterato
             path.rename(aside / name)
     for sha256 in sorted(known.keys() - seen):
         yield Problem("missing", str(blobs.path(sha256)), f"the {known[sha256]} bytes of a record are not there", False)
+
+
+def open_catalog(root: Path) -> Catalog:
+    """The catalog of the store at ``root``, made anew when it is corrupt. Raises sqlite3.OperationalError, OSError."""
+    try:
+        return Catalog(root / "store.sqlite")
+    except sqlite3.OperationalError:
+        raise  # a full or read-only disk, not a corrupt file
+    except sqlite3.DatabaseError:
+        return rebuilt_catalog(root)
+
+
+def rebuilt_catalog(root: Path) -> Catalog:
+    """A new catalog from what the corrupt one still says, and from the logs of the sessions beside the store."""
+    aside = set_aside(root / "store.sqlite")
+    catalog = Catalog(root / "store.sqlite")
+    catalog.restore(salvage(aside))
+    for artifacts, pictures in logged_artifacts(root.parent):
+        catalog.restore(artifacts)
+        for sha256, size in pictures:
+            catalog.add_picture(sha256, size)
+    return catalog
 
 
 def logged_artifacts(sessions_root: Path) -> Iterator[tuple[list[Artifact], list[tuple[str, int]]]]:

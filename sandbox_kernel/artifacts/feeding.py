@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import CancelledError, Future
 
-from sandbox_kernel.artifacts.store import ArtifactStore, Kind
+from sandbox_kernel.artifacts.store import ArtifactStore
+from sandbox_kernel.artifacts.stored import Kind
 from sandbox_kernel.events import Artifact
 
 Cell = tuple[str | None, int | None]

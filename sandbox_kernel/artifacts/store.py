@@ -12,27 +12,24 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256 as new_sha256
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 from sandbox_kernel.artifacts.blobs import BlobFolder, store_reason
-from sandbox_kernel.artifacts.catalog import Catalog, Latest, Row, salvage, set_aside
-from sandbox_kernel.artifacts.checking import Problem, check_store, logged_artifacts
+from sandbox_kernel.artifacts.catalog import Catalog, Latest, Row
+from sandbox_kernel.artifacts.checking import Problem, check_store, open_catalog, rebuilt_catalog
 from sandbox_kernel.artifacts.intake import CHUNK, Taken, never, take, type_of, write_all
-from sandbox_kernel.errors import ArtifactError, ArtifactNotFound, ArtifactRefused
+from sandbox_kernel.artifacts.stored import Artifacts, Kind, StoredArtifacts
+from sandbox_kernel.errors import ArtifactError, ArtifactRefused
 from sandbox_kernel.events import Artifact, utc_now
 from sandbox_kernel.untrusted import Found, Refusal, file_identity, remove_untrusted
 
 MANY = 16
 """Files in one batch above which small ones too are adopted, not copied: freeing a copied file's blocks is slow."""
-
-Kind = Literal["file", "output", "export"]
-Artifacts = list[Artifact]
 
 __all__ = ["ArtifactStore", "Ingested", "Problem"]
 
@@ -48,15 +45,13 @@ class Ingested:
     """Paths that are still open, or changing."""
 
 
-class ArtifactStore:
+class ArtifactStore(StoredArtifacts):
     """Open it with :meth:`open`. Blocking; for any thread, and for any number of processes at once."""
 
     def __init__(self, root: Path, blobs: BlobFolder, catalog: Catalog, max_artifact: int, max_session: int) -> None:
-        self.root = root
-        self.blobs = blobs
+        super().__init__(root, blobs, catalog)
         self.max_artifact_bytes = max_artifact
         self.max_session_bytes = max_session
-        self.catalog = catalog
 
     @classmethod
     def open(
@@ -71,7 +66,7 @@ class ArtifactStore:
         try:
             blobs = BlobFolder(root)
             with blobs.exclusive():
-                catalog = _open_catalog(root)
+                catalog = open_catalog(root)
         except OSError as exc:
             raise ArtifactError(f"the artifact store {root} cannot be opened: {exc.strerror}") from exc
         except sqlite3.OperationalError as exc:
@@ -87,74 +82,6 @@ class ArtifactStore:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    # -- reading ---------------------------------------------------------------------------
-
-    def get(self, artifact_id: str) -> Artifact:
-        """Raises ArtifactNotFound."""
-        artifact = self.catalog.get(artifact_id)
-        if artifact is None:
-            raise ArtifactNotFound(f"no artifact {artifact_id!r} in {self.root}; `sandbox-kernel artifacts` lists them")
-        return artifact
-
-    def list(
-        self,
-        session_id: str | None = None,
-        *,
-        path: str | None = None,
-        kind: Kind | None = None,
-        msg_id: str | None = None,
-    ) -> Artifacts:
-        """The artifacts that match, oldest first."""
-        where = {"session_id": session_id, "path": path, "kind": kind, "msg_id": msg_id}
-        return self.catalog.list({name: value for name, value in where.items() if value is not None})
-
-    def open_artifact(self, artifact_id: str) -> BinaryIO:
-        """The bytes of an artifact as a stream. Raises ArtifactNotFound; ArtifactError when its blob is missing."""
-        artifact = self.get(artifact_id)
-        return self._open_blob(artifact.sha256, f"artifact {artifact_id} ({artifact.path})")
-
-    def read(self, artifact_id: str) -> bytes:
-        """All bytes of an artifact. Raises as :meth:`open_artifact`."""
-        with self.open_artifact(artifact_id) as file:
-            return file.read()
-
-    def save(self, artifact_id: str, path: Path | str) -> Path:
-        """Copy an artifact to ``path`` (into it, under its own name, when that is a folder), at once or not at all.
-
-        Raises as :meth:`open_artifact`, and ArtifactError when ``path`` cannot be written. Gives the file's path.
-        """
-        artifact = self.get(artifact_id)
-        target = Path(path)
-        if target.is_dir():
-            target = target / artifact.filename
-        temporary = target.with_name(f".{secrets.token_hex(8)}.part")
-        try:
-            with self.open_artifact(artifact_id) as source, temporary.open("xb") as file:
-                shutil.copyfileobj(source, file, CHUNK)
-            temporary.replace(target)
-        except OSError as exc:
-            raise ArtifactError(f"artifact {artifact_id} cannot be saved as {target}: {exc.strerror}") from exc
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        return target
-
-    def read_blob(self, sha256: str) -> bytes:
-        """The bytes of a picture (or any blob). Raises ArtifactNotFound, ArtifactError."""
-        if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
-            raise ArtifactNotFound(f"{sha256!r} is not a SHA-256 in hex")
-        with self._open_blob(sha256, "it") as file:
-            return file.read()
-
-    def _open_blob(self, sha256: str, what: str) -> BinaryIO:
-        try:
-            return self.blobs.path(sha256).open("rb")
-        except FileNotFoundError:
-            raise ArtifactNotFound(
-                f"the bytes of {what} are missing: no blob {sha256} in {self.root}; "
-                "run `sandbox-kernel doctor --sessions`"
-            ) from None
 
     # -- writing ---------------------------------------------------------------------------
 
@@ -356,29 +283,8 @@ class ArtifactStore:
             if repair:
                 with self.blobs.exclusive():
                     self.catalog.close()
-                    self.catalog = _rebuild(self.root)
+                    self.catalog = rebuilt_catalog(self.root)
         return [*problems, *check_store(self.blobs, self.catalog, repair=repair)]
-
-
-def _open_catalog(root: Path) -> Catalog:
-    try:
-        return Catalog(root / "store.sqlite")
-    except sqlite3.OperationalError:
-        raise  # a full or read-only disk, not a corrupt file
-    except sqlite3.DatabaseError:
-        return _rebuild(root)
-
-
-def _rebuild(root: Path) -> Catalog:
-    """A new catalog from what the corrupt one still says, and from the logs of the sessions beside the store."""
-    aside = set_aside(root / "store.sqlite")
-    catalog = Catalog(root / "store.sqlite")
-    catalog.restore(salvage(aside))
-    for artifacts, pictures in logged_artifacts(root.parent):
-        catalog.restore(artifacts)
-        for sha256, size in pictures:
-            catalog.add_picture(sha256, size)
-    return catalog
 
 
 def _source(identity: tuple[int, ...]) -> str:
