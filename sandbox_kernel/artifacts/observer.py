@@ -9,13 +9,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from sandbox_kernel.artifacts.intake import never
 from sandbox_kernel.artifacts.store import ArtifactStore
+from sandbox_kernel.artifacts.sweep import SweepBooks, Waiting, batches
 from sandbox_kernel.artifacts.watch import FolderWatch
 from sandbox_kernel.directory import SessionDirectory
 from sandbox_kernel.errors import ArtifactError, UntrustedPath
@@ -36,25 +37,13 @@ QUIET_S = 0.5
 """A file is taken while its cell runs when it was not closed again for so long; twice as long per further version."""
 QUIET_MANY_S = 2.0
 """The same for a file that is one of very many: taking them at the cell's end costs less, if that comes soon."""
-MAX_QUIET_S = 60.0
 NEXT_CELL_S = 0.25
 """How late the host may learn that the next cell has started."""
 _MANY = 200
 _MAX_DIRTY = 10_000
-_BATCH_FILES = 1000
-_BATCH_BYTES = 512 * 2**20
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """Something that lies in ``artifacts/``; ``reason`` says why it will never be taken, None: it will be."""
-
-    path: str
-    size_bytes: int
-    reason: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +78,7 @@ class Observer:
         self._cell = _Cell()
         self._running = False
         self._cells: dict[str, _Cell] = {}
-        self._made: dict[str, list[Artifact]] = {}
-        self._versions: dict[str, int] = {}
-        self._told: set[int] = set()
+        self._books = SweepBooks()
         self._dirty: dict[bytes, float] = {}
         self._sweeps = 0
         """Sweeps that wait for the lock."""
@@ -134,9 +121,7 @@ class Observer:
         self._cell = _Cell(msg_id, execution_count, self._cell.started if same else time.time())
         self._running = True
         self._cells[msg_id] = self._cell
-        self._made.setdefault(msg_id, [])
-        if not same:
-            self._versions.clear()
+        self._books.cell_started(msg_id, fresh=not same)
 
     async def cell_finished(self, msg_id: str) -> list[Artifact]:
         """All artifacts the cell made, complete for the files closed by now; they are gone from ``artifacts/``.
@@ -150,7 +135,7 @@ class Observer:
             await self._sweep(cell)
         else:
             self._dirty.clear()
-        return self._made.pop(msg_id, [])
+        return self._books.cell_finished(msg_id)
 
     async def drain(self) -> list[Artifact]:
         """The kernel is gone: take everything, also what it left open. Raises ArtifactError."""
@@ -232,8 +217,7 @@ class Observer:
         self._woken = False
 
     def _quiet(self, path: bytes) -> float:
-        quiet = QUIET_S if len(self._dirty) < _MANY else QUIET_MANY_S
-        return min(MAX_QUIET_S, quiet * float(2 ** min(self._versions.get(printable(path), 0), 10)))
+        return self._books.quiet(printable(path), QUIET_S if len(self._dirty) < _MANY else QUIET_MANY_S)
 
     # -- in a thread, under the lock -------------------------------------------------------
 
@@ -255,7 +239,7 @@ class Observer:
                 found.append(Found(os.fsdecode(path), status))
             elif reason != "a folder":
                 refused.append(Refusal(printable(path), reason, status.st_size, file_identity(status)))
-        for batch in _batches(found):
+        for batch in batches(found):
             if self._sweeps:
                 break
             refused += self._ingest(batch, cell, ended=ended, give_up=lambda: self._sweeps > 0)
@@ -292,10 +276,10 @@ class Observer:
                         continue
                 yield item
 
-        for batch in _batches(files(True)):
+        for batch in batches(files(True)):
             refused += self._ingest(batch, cell, ended=True, force=force, made=made)
         if following is not None:
-            for batch in _batches(files(False)):
+            for batch in batches(files(False)):
                 refused += self._ingest(batch, cell, ended=False, made=made)
         self._tell(refused, all_of_them=True)
 
@@ -327,9 +311,7 @@ class Observer:
         ).refused
 
     def _tell(self, refused: Sequence[Refusal], *, all_of_them: bool = False) -> None:
-        marks = {hash((refusal.path, refusal.reason, refusal.identity)): refusal for refusal in refused}
-        news = [refusal for mark, refusal in marks.items() if mark not in self._told]
-        self._told = set(marks) if all_of_them else self._told | set(marks)
+        news = self._books.news(refused, all_of_them=all_of_them)
         if news:
             self._loop.call_soon_threadsafe(self._on_refused, news)
 
@@ -337,33 +319,12 @@ class Observer:
 
     def _created(self, artifacts: list[Artifact]) -> None:
         for artifact in artifacts:
-            if self._running:
-                self._versions[artifact.path] = self._versions.get(artifact.path, 0) + 1
-            if artifact.msg_id in self._made:
-                self._made[artifact.msg_id].append(artifact)
+            self._books.created(artifact, running=self._running)
         self._on_created(artifacts)
 
     def _empty(self) -> bool:
         with os.scandir(self._fd) as entries:
             return next(entries, None) is None
-
-
-def _batches(found: Iterable[Found]) -> Iterator[list[Found]]:
-    """Groups of one transaction each, within each the oldest file first."""
-    batch: list[Found] = []
-    size = 0
-    for item in found:
-        batch.append(item)
-        size += item.status.st_size
-        if len(batch) >= _BATCH_FILES or size >= _BATCH_BYTES:
-            yield sorted(batch, key=_age)
-            batch, size = [], 0
-    if batch:
-        yield sorted(batch, key=_age)
-
-
-def _age(found: Found) -> tuple[int, str]:
-    return found.status.st_mtime_ns, found.path
 
 
 async def _in_thread(work: Callable[[], _T]) -> _T:

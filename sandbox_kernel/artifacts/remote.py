@@ -28,8 +28,8 @@ from sandbox_kernel.artifacts.agent import (
     RemoteFileInfo,
 )
 from sandbox_kernel.artifacts.feeding import Cell, put_chunks
-from sandbox_kernel.artifacts.observer import Waiting
 from sandbox_kernel.artifacts.store import ArtifactStore
+from sandbox_kernel.artifacts.sweep import SweepBooks, Waiting
 from sandbox_kernel.errors import ArtifactError, ArtifactNotFound, ArtifactRefused
 from sandbox_kernel.events import Artifact
 from sandbox_kernel.untrusted import Refusal
@@ -38,7 +38,6 @@ __all__ = ["ByteStream", "OpenStream", "RemoteSpool", "export_file"]
 
 POLL_S = 0.5
 QUIET_S = 1.0
-MAX_QUIET_S = 60.0
 """While its cell runs a file is taken once it was closed and unchanged for QUIET_S, and for twice as long per further
 version: not each line of a log is one."""
 STATE_LIMIT = 8 * 2**20
@@ -85,13 +84,11 @@ class RemoteSpool:
         self._asking = Agent(open_stream)
         self._lock = asyncio.Lock()
         self._known: dict[str, _Known] = {}
-        self._versions: dict[str, int] = {}
-        self._told: set[Refusal] = set()
+        self._books = SweepBooks()
         self._tag: str | None = None
         self._listing = Listing([], [], True)
         self._running: dict[str, int | None] = {}
         self._last: Cell = (None, None)
-        self._made: dict[str, list[Artifact]] = {}
         # Files older than this object, at the first look: a host that died may have stored and not removed them.
         self._inherited: dict[str, tuple[int, int, int]] | None = None
         self._began_ns = time.time_ns()
@@ -122,10 +119,8 @@ class RemoteSpool:
 
     def cell_started(self, msg_id: str, execution_count: int | None) -> None:
         """From now on what appears is this cell's. Again with the same ``msg_id``: its count has become known."""
-        if msg_id not in self._running:
-            self._versions.clear()
+        self._books.cell_started(msg_id, fresh=msg_id not in self._running)
         self._running[msg_id] = execution_count
-        self._made.setdefault(msg_id, [])
         self._last = (msg_id, execution_count)
         self._ended.clear()
         self._wake.set()
@@ -135,10 +130,10 @@ class RemoteSpool:
         count = self._running.pop(msg_id, self._last[1] if self._last[0] == msg_id else None)
         if not self._running:
             self._ended.set()
-        self._made.setdefault(msg_id, [])
+        self._books.cell_started(msg_id, fresh=False)  # where nobody has heard that it began
         await self._sweep((msg_id, count), ended=True)
         self._wake.set()  # the poller goes on while something is held open
-        return self._made.pop(msg_id)
+        return self._books.cell_finished(msg_id)
 
     async def drain(self) -> list[Artifact]:
         """The last sweep before the container goes: takes also what is still open. Returns what it ingested."""
@@ -243,8 +238,7 @@ class RemoteSpool:
         if file.size > self._store.max_artifact_bytes:
             known.refused = f"has {file.size} bytes; max_artifact_bytes is {self._store.max_artifact_bytes}"
             return False
-        quiet = min(MAX_QUIET_S, QUIET_S * 2 ** min(self._versions.get(file.path, 0), 10))
-        return ended or clock - known.since >= quiet
+        return ended or clock - known.since >= self._books.quiet(file.path, QUIET_S)
 
     async def _take(self, file: RemoteFileInfo, cell: Cell, created: list[Artifact], *, force: bool) -> None:
         """Stores the file, or notes why not; one that changed meanwhile is left to the next sweep."""
@@ -253,10 +247,7 @@ class RemoteSpool:
         def committed(artifact: Artifact) -> None:
             known.stored = True
             created.append(artifact)
-            if cell[0] in self._made:
-                self._made[cell[0]].append(artifact)
-            if self._running:
-                self._versions[file.path] = self._versions.get(file.path, 0) + 1
+            self._books.created(artifact, running=bool(self._running))
 
         try:
             inherited = self._inherited is not None and self._inherited.pop(file.path, None) == file.identity
@@ -293,8 +284,7 @@ class RemoteSpool:
     def _tell(self, refused: list[Refusal]) -> None:
         """Each refusal once for as long as it holds."""
         refused += [Refusal(path, known.refused) for path, known in self._known.items() if known.refused]
-        news = [refusal for refusal in refused if refusal not in self._told]
-        self._told = set(refused)
+        news = self._books.news(refused, all_of_them=True)
         if news:
             self._on_refused(news)
 
