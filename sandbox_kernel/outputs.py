@@ -12,17 +12,14 @@ spool files too, which the session puts into the artifact store.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
-import tempfile
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from sandbox_kernel.bounded import BoundedText, Spool, clean, size_of
+from sandbox_kernel.bundles import Output, bundle_size, cost, for_log, mime_value
 from sandbox_kernel.events import (
-    BLOB_MIME,
     CellError,
     CellEvent,
     ClearOutput,
@@ -35,7 +32,7 @@ from sandbox_kernel.events import (
     strip_ansi,
 )
 
-Output = dict[str, Any]
+__all__ = ["BoundedText", "Output", "OutputCollector", "clean", "for_log"]
 
 MAX_OBJECTS = 2_000
 """Output objects kept per cell (half at the head, half at the tail); a loop of ``display()`` is bounded."""
@@ -43,99 +40,6 @@ BUNDLE_FACTOR = 32
 """Rich displays (pictures) may take this many times ``limit``."""
 NAME_LIMIT = 1_000
 METADATA_LIMIT = 64_000
-MAX_INLINE = 4 * 2**20
-"""Bytes of displays that one line of the log takes. A line that grew past ``logfile.MAX_LINE`` would hide its cell."""
-MAX_SPOOL = 2 * 2**30
-"""Bytes kept of the whole of one output: printing without end must not fill the disk."""
-INLINE_TEXT = 64_000
-"""A MIME value longer than this (bytes) stands in the log as a reference to a blob."""
-
-
-def clean(text: Any) -> str:
-    """``text`` as valid Unicode: lone surrogates, which no UTF-8 file can hold, become ``\\udXXX``."""
-    if not isinstance(text, str):
-        text = "".join(text) if isinstance(text, list) and all(isinstance(part, str) for part in text) else str(text)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return str(text.encode("utf-8", "backslashreplace").decode("utf-8"))
-    return str(text)
-
-
-def _size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8"))
-
-
-class BoundedText:
-    """Text that keeps its first and last ``limit // 2`` bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self._half = limit // 2
-        self._head: list[str] = []
-        self._head_size = 0
-        self._tail: deque[tuple[str, int]] = deque()
-        self._tail_size = 0
-        self.dropped = 0
-        """Bytes left out between head and tail."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole text, left out ones included."""
-        return self._head_size + self._tail_size + self.dropped
-
-    def add(self, text: str) -> None:
-        size = _size(text)
-        if not self._tail and self._head_size + size <= self._half:
-            self._head.append(text)
-            self._head_size += size
-            return
-        if not self._tail and self._head_size < self._half:
-            data = text.encode("utf-8")
-            first = data[: self._half - self._head_size].decode("utf-8", "ignore")
-            self._head.append(first)
-            self._head_size += _size(first)
-            text = text[len(first) :]
-            size -= _size(first)
-        if size > self._half:
-            data = text.encode("utf-8")
-            self.dropped += self._tail_size
-            self._tail.clear()
-            self._tail_size = 0
-            kept = data[len(data) - self._half :].decode("utf-8", "ignore")
-            self.dropped += size - _size(kept)
-            text, size = kept, _size(kept)
-        self._tail.append((text, size))
-        self._tail_size += size
-        while self._tail_size > self._half and len(self._tail) > 1:
-            _, gone = self._tail.popleft()
-            self._tail_size -= gone
-            self.dropped += gone
-        if len(self._tail) > 4096:  # many tiny prints: join them, so that memory is bounded by bytes and not by pieces
-            joined = "".join(piece for piece, _ in self._tail)
-            self._tail = deque([(joined, self._tail_size)])
-
-    def text(self) -> str:
-        head, tail = "".join(self._head), "".join(piece for piece, _ in self._tail)
-        if not self.dropped:
-            return head + tail
-        return f"{head}\n... [{self.dropped} bytes left out] ...\n{tail}"
-
-
-class Spool:
-    """The whole of one output in a temporary file without a name: nothing is left behind if we die."""
-
-    def __init__(self, directory: Path, filename: str, content_type: str) -> None:
-        self.filename = filename
-        self.content_type = content_type
-        self.size = 0
-        directory.mkdir(parents=True, exist_ok=True)
-        self.file: BinaryIO = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by the session after storing
-
-    def write(self, data: bytes) -> None:
-        """Keep ``data``, up to ``MAX_SPOOL`` altogether. Raises OSError."""
-        data = data[: MAX_SPOOL - self.size]
-        self.file.write(data)
-        self.size += len(data)
 
 
 class OutputCollector:
@@ -193,28 +97,28 @@ class OutputCollector:
             spool.write(text.encode("utf-8"))
         else:
             self._whole[name].append(text)
-            if bounded.size + _size(text) > self._limit:
+            if bounded.size + size_of(text) > self._limit:
                 spool = self._spools[name] = Spool(self._spool_dir, f"{name}.txt", "text/plain; charset=utf-8")
                 spool.write("".join(self._whole.pop(name)).encode("utf-8"))
         bounded.add(text)
-        self._show({"output_type": "stream", "name": name, "text": text}, _size(text))
+        self._show({"output_type": "stream", "name": name, "text": text}, size_of(text))
         return Stdout(msg_id=self.msg_id, text=text) if name == "stdout" else Stderr(msg_id=self.msg_id, text=text)
 
     def _bundle(self, msg_type: str, content: dict[str, Any]) -> CellEvent:
         raw_data, raw_meta = content.get("data"), content.get("metadata")
         data = (
-            {str(mime)[:NAME_LIMIT]: _mime_value(mime, value) for mime, value in raw_data.items()}
+            {str(mime)[:NAME_LIMIT]: mime_value(mime, value) for mime, value in raw_data.items()}
             if isinstance(raw_data, dict)
             else {}
         )
-        metadata = dict(raw_meta) if isinstance(raw_meta, dict) and _cost(raw_meta) <= METADATA_LIMIT else {}
-        size = _bundle_size(data)
+        metadata = dict(raw_meta) if isinstance(raw_meta, dict) and cost(raw_meta) <= METADATA_LIMIT else {}
+        size = bundle_size(data)
         count = content.get("execution_count")
         if msg_type == "execute_result":
-            if size > self._limit and _size(clean(data.get("text/plain", ""))) > self._limit:
+            if size > self._limit and size_of(clean(data.get("text/plain", ""))) > self._limit:
                 self._spool_bundle(data)
                 data = {**data, "text/plain": shorten(clean(data["text/plain"]), self._limit)}
-                size = _bundle_size(data)
+                size = bundle_size(data)
             self.result = clean(data.get("text/plain", ""))
             output: Output = {
                 "output_type": "execute_result",
@@ -262,11 +166,11 @@ class OutputCollector:
         traceback = [clean(line) for line in lines] if isinstance(lines, list) else []
         name, value = clean(content.get("ename", ""))[:NAME_LIMIT], clean(content.get("evalue", ""))
         whole = "\n".join(traceback)
-        if _size(whole) + _size(value) > self._limit:
+        if size_of(whole) + size_of(value) > self._limit:
             self._spool_text("error", f"{name}: {value}\n{whole}")
             value, traceback = shorten(value, self._limit // 4), [shorten(whole, self._limit // 2)]
         self.error = CellError(name=name, value=value, traceback=strip_ansi("\n".join(traceback)))
-        size = _size(value) + sum(map(_size, traceback))
+        size = size_of(value) + sum(map(size_of, traceback))
         self._show({"output_type": "error", "ename": name, "evalue": value, "traceback": traceback}, size)
         return ErrorData(msg_id=self.msg_id, error=self.error)
 
@@ -306,8 +210,8 @@ class OutputCollector:
             half = self._limit // 2
             if size > half:
                 output["text"] = output["text"].encode("utf-8")[-half:].decode("utf-8", "ignore")
-                self._dropped += size - _size(output["text"])
-                size = _size(output["text"])
+                self._dropped += size - size_of(output["text"])
+                size = size_of(output["text"])
             self._tail_text += size
         else:
             if size > self._bundle_budget:
@@ -389,62 +293,3 @@ class OutputCollector:
             else:
                 merged.append(output)
         return merged
-
-
-def _cost(value: Any) -> int:
-    return len(value) if isinstance(value, str) else len(json.dumps(value, default=str))
-
-
-def _bundle_size(data: dict[str, Any]) -> int:
-    return sum(len(mime) + _cost(value) for mime, value in data.items())
-
-
-def _mime_value(mime: Any, value: Any) -> Any:
-    """JSON MIME types hold any JSON value; all others text."""
-    if isinstance(value, str):
-        return clean(value)
-    if isinstance(mime, str) and (mime == "application/json" or mime.endswith("+json")):
-        return json.loads(clean(json.dumps(value)))
-    return clean(value)
-
-
-def for_log(outputs: list[Output], put_blob: Callable[[bytes, str], str]) -> list[Output]:
-    """``outputs`` with pictures and long values replaced by references; still valid nbformat.
-
-    ``put_blob(data, mime)`` stores the bytes and returns their SHA-256.
-    """
-    logged, left = [], MAX_INLINE
-    for output in outputs:
-        if isinstance(output.get("data"), dict):
-            data = _refer(output["data"], put_blob, left)
-            left = max(0, left - _bundle_size(data))
-            output = {**output, "data": data}
-        logged.append(output)
-    return logged
-
-
-def _refer(data: dict[str, Any], put_blob: Callable[[bytes, str], str], room: int) -> dict[str, Any]:
-    """``room``: bytes that may stay in the line."""
-    kept: dict[str, Any] = {}
-    references: list[dict[str, Any]] = []
-    for mime, value in data.items():
-        binary = isinstance(value, str) and mime.startswith(("image/", "audio/", "video/", "application/pdf"))
-        binary = binary and mime != "image/svg+xml"
-        raw: bytes | None = None
-        if binary:
-            try:
-                raw = base64.b64decode(value, validate=False)
-            except (binascii.Error, ValueError):
-                raw = value.encode("utf-8", "replace")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            room -= _size(text)
-            if room < 0 or (_size(text) > INLINE_TEXT and mime != "text/plain"):
-                raw = text.encode("utf-8")
-        if raw is None:
-            kept[mime] = value
-        else:
-            references.append({"sha256": put_blob(raw, mime), "size_bytes": len(raw), "mime": mime})
-    if references:
-        kept[BLOB_MIME] = references[0] if len(references) == 1 else references
-    return kept

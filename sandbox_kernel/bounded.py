@@ -1,0 +1,99 @@
+"""What is kept of text without end: its head and tail in memory, and the whole in a file without a name."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import deque
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_SPOOL = 2 * 2**30
+"""Bytes kept of the whole of one output: printing without end must not fill the disk."""
+
+
+def clean(text: Any) -> str:
+    """``text`` as valid Unicode: lone surrogates, which no UTF-8 file can hold, become ``\\udXXX``."""
+    if not isinstance(text, str):
+        text = "".join(text) if isinstance(text, list) and all(isinstance(part, str) for part in text) else str(text)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return str(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    return str(text)
+
+
+def size_of(text: str) -> int:
+    """Bytes of ``text`` in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8"))
+
+
+class BoundedText:
+    """Text that keeps its first and last ``limit // 2`` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._half = limit // 2
+        self._head: list[str] = []
+        self._head_size = 0
+        self._tail: deque[tuple[str, int]] = deque()
+        self._tail_size = 0
+        self.dropped = 0
+        """Bytes left out between head and tail."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole text, left out ones included."""
+        return self._head_size + self._tail_size + self.dropped
+
+    def add(self, text: str) -> None:
+        size = size_of(text)
+        if not self._tail and self._head_size + size <= self._half:
+            self._head.append(text)
+            self._head_size += size
+            return
+        if not self._tail and self._head_size < self._half:
+            data = text.encode("utf-8")
+            first = data[: self._half - self._head_size].decode("utf-8", "ignore")
+            self._head.append(first)
+            self._head_size += size_of(first)
+            text = text[len(first) :]
+            size -= size_of(first)
+        if size > self._half:
+            data = text.encode("utf-8")
+            self.dropped += self._tail_size
+            self._tail.clear()
+            self._tail_size = 0
+            kept = data[len(data) - self._half :].decode("utf-8", "ignore")
+            self.dropped += size - size_of(kept)
+            text, size = kept, size_of(kept)
+        self._tail.append((text, size))
+        self._tail_size += size
+        while self._tail_size > self._half and len(self._tail) > 1:
+            _, gone = self._tail.popleft()
+            self._tail_size -= gone
+            self.dropped += gone
+        if len(self._tail) > 4096:  # many tiny prints: join them, so that memory is bounded by bytes and not by pieces
+            joined = "".join(piece for piece, _ in self._tail)
+            self._tail = deque([(joined, self._tail_size)])
+
+    def text(self) -> str:
+        head, tail = "".join(self._head), "".join(piece for piece, _ in self._tail)
+        if not self.dropped:
+            return head + tail
+        return f"{head}\n... [{self.dropped} bytes left out] ...\n{tail}"
+
+
+class Spool:
+    """The whole of one output in a temporary file without a name: nothing is left behind if we die."""
+
+    def __init__(self, directory: Path, filename: str, content_type: str) -> None:
+        self.filename = filename
+        self.content_type = content_type
+        self.size = 0
+        directory.mkdir(parents=True, exist_ok=True)
+        self.file: BinaryIO = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by the session after storing
+
+    def write(self, data: bytes) -> None:
+        """Keep ``data``, up to ``MAX_SPOOL`` altogether. Raises OSError."""
+        data = data[: MAX_SPOOL - self.size]
+        self.file.write(data)
+        self.size += len(data)
