@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,15 @@ class Shell:
     def json(self, *args: str, expect: int = 0) -> Any:
         return json.loads(self(*args, "--json", expect=expect).stdout)
 
-    def start(self, *args: str, **options: Any) -> subprocess.Popen[bytes]:
-        pipe = subprocess.PIPE
-        return subprocess.Popen([*self.program, *args], cwd=self.folder, stdout=pipe, stderr=pipe, **options)
+    @contextmanager
+    def start(self, *args: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+        """A program under way; one that the test has not seen end is killed."""
+        command, pipe = [*self.program, *args], subprocess.PIPE
+        with subprocess.Popen(command, cwd=self.folder, **{"stdout": pipe, "stderr": pipe, **options}) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def statuses(self) -> dict[str, str]:
         return {info["session_id"]: info["status"] for info in self.json("list")}
