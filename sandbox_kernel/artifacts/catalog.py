@@ -49,7 +49,6 @@ class Catalog:
         self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")  # a committed row outlives the machine's death
             self._db.execute("PRAGMA cache_size = -512")
             self._db.executescript(_SCHEMA)
             # A truncated file may have a sound first page: look at each table's root.
@@ -63,9 +62,11 @@ class Catalog:
             self._db.close()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """``durable``: what is committed outlives the machine's death, at the price of a sync."""
         with self._lock:
             try:
+                self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._db
@@ -92,19 +93,22 @@ class Catalog:
 
         ``renewed``: ``(source, artifact id)`` of artifacts whose file was only touched. Raises ArtifactRefused.
         """
-        added = []
+        drafts = list(rows)
+        added: list[Artifact] = []
         usage: dict[str, int] = {}
         with self._transaction() as db:
-            for draft, source in rows:
-                (last,) = db.execute(
-                    "SELECT max(version) FROM artifacts WHERE session_id = ? AND path = ?",
-                    (draft.session_id, draft.path),
-                ).fetchone()
-                artifact = draft if last is None else draft.model_copy(update={"version": last + 1})
-                # The whole of an output is named by its code_execution line, not by artifacts_created.
-                db.execute(_INSERT, (*_values(artifact), source, int(artifact.kind == "output")))
+            last = _versions(db, [draft for draft, _ in drafts])
+            for draft, _ in drafts:
+                key = (draft.session_id, draft.path)
+                artifact = draft.model_copy(update={"version": last[key] + 1}) if key in last else draft
+                last[key] = artifact.version
                 usage[artifact.session_id] = usage.get(artifact.session_id, 0) + artifact.size_bytes
                 added.append(artifact)
+            db.executemany(
+                _INSERT,
+                # The whole of an output is named by its code_execution line, not by artifacts_created.
+                ((*_values(a), source, int(a.kind == "output")) for a, (_, source) in zip(added, drafts, strict=True)),
+            )
             db.executemany("UPDATE artifacts SET source = ? WHERE id = ?", renewed)
             _count(db, usage)
         return added
@@ -142,7 +146,8 @@ class Catalog:
         return {path: (artifact_id, sha256, source) for path, _, artifact_id, sha256, source in rows}
 
     def mark_logged(self, ids: Sequence[str]) -> None:
-        with self._transaction() as db:
+        # Should the mark be lost, the line in the log is found when the session is opened again.
+        with self._transaction(durable=False) as db:
             db.executemany("UPDATE artifacts SET logged = 1 WHERE id = ?", [(i,) for i in ids])
 
     def usage(self, session_id: str) -> int:
@@ -187,6 +192,18 @@ def set_aside(path: Path) -> Path:
         with contextlib.suppress(FileNotFoundError):
             path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
     return aside
+
+
+def _versions(db: sqlite3.Connection, drafts: Sequence[Artifact]) -> dict[tuple[str, str], int]:
+    """The last version of each of these artifacts' (session, path), where there is one."""
+    wanted = json.dumps([(draft.session_id, draft.path) for draft in drafts])
+    rows = db.execute(
+        # CROSS: one look-up for each path, whatever SQLite thinks of the sizes.
+        "SELECT a.session_id, a.path, max(a.version) FROM json_each(?) AS wanted CROSS JOIN artifacts AS a"
+        " WHERE a.session_id = json_extract(wanted.value, '$[0]') AND a.path = json_extract(wanted.value, '$[1]') GROUP BY a.session_id, a.path",
+        (wanted,),
+    )
+    return {(session_id, path): version for session_id, path, version in rows}
 
 
 def _count(db: sqlite3.Connection, usage: dict[str, int]) -> None:
