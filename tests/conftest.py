@@ -21,7 +21,6 @@ from sandbox_kernel.provisioning.bringup import engine_status
 from sandbox_kernel.provisioning.engine import MANAGED
 from sandbox_kernel.provisioning.image import TAG, is_current
 
-
 # A job in the background (nohup, `&` in a script) inherits an ignored Ctrl-C, and hands it on to what the tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -196,12 +196,12 @@ def set_aside(path: Path) -> Path:
 
 def _versions(db: sqlite3.Connection, drafts: Sequence[Artifact]) -> dict[tuple[str, str], int]:
     """The last version of each of these artifacts' (session, path), where there is one."""
-    wanted = json.dumps([(draft.session_id, draft.path) for draft in drafts])
     rows = db.execute(
         # CROSS: one look-up for each path, whatever SQLite thinks of the sizes.
         "SELECT a.session_id, a.path, max(a.version) FROM json_each(?) AS wanted CROSS JOIN artifacts AS a"
-        " WHERE a.session_id = json_extract(wanted.value, '$[0]') AND a.path = json_extract(wanted.value, '$[1]') GROUP BY a.session_id, a.path",
-        (wanted,),
+        " WHERE a.session_id = json_extract(wanted.value, '$[0]') AND a.path = json_extract(wanted.value, '$[1]')"
+        " GROUP BY a.session_id, a.path",
+        (json.dumps([(draft.session_id, draft.path) for draft in drafts]),),
     )
     return {(session_id, path): version for session_id, path, version in rows}
 
