@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 from sandbox_kernel.artifacts.store import ArtifactStore
+from sandbox_kernel.cell_queue import CellQueue
 from sandbox_kernel.datasets import Datasets
-from sandbox_kernel.errors import ArtifactNotFound, SandboxError, SessionClosed
+from sandbox_kernel.errors import ArtifactNotFound, SessionClosed
 from sandbox_kernel.events import (
     Artifact,
     CellEvent,
@@ -25,7 +26,7 @@ from sandbox_kernel.events import (
     StreamEvent,
     timestamp,
 )
-from sandbox_kernel.feed import Cell, Feed
+from sandbox_kernel.feed import Feed
 from sandbox_kernel.ledger import Ledger
 from sandbox_kernel.lifecycle import Lifecycle
 from sandbox_kernel.record import NoRecorder, Recorder
@@ -50,16 +51,15 @@ class Session:
         self.settings = settings
         self.store = store
         self._stack = AsyncExitStack()
-        self._turn = asyncio.Lock()
         self._closed = False
         self.opened = False
         """It was put together: what fails before that leaves nothing behind."""
         self._keep_alive = False
         self._reason: str | None = None
-        self._own: Cell | None = None
         self._last: tuple[str, int | None] | None = None
         self.last_used = asyncio.get_running_loop().time()
         # Wired by assembly.py (see `wire`):
+        self._cells: CellQueue
         self._recorder: Recorder | NoRecorder
         self._ledger: Ledger
         self._feed: Feed
@@ -83,6 +83,7 @@ class Session:
         self._recorder, self._ledger, self._feed = recorder, ledger, feed
         self._lifecycle, self._workspace, self._datasets = lifecycle, workspace, datasets
         self._exporter = exporter
+        self._cells = CellQueue(recorder, ledger, feed, lifecycle, check_open=self._check_open)
         ledger.on_recorded = self._recorded
 
     def __repr__(self) -> str:
@@ -97,7 +98,7 @@ class Session:
     @property
     def busy(self) -> bool:
         """A cell is running or waiting, whoever sent it."""
-        return self._turn.locked() or bool(self._feed.cells)
+        return self._cells.busy or bool(self._feed.cells)
 
     @property
     def directory(self) -> Path | None:
@@ -153,71 +154,13 @@ class Session:
             async for event in events:
                 yield event  # type: ignore[misc]  # the Feed makes only events of the union
 
-    async def _run(self, code: str, timeout: Timeout, *, events: bool) -> AsyncGenerator[CellEvent, None]:
+    def _run(self, code: str, timeout: Timeout, *, events: bool) -> AsyncGenerator[CellEvent, None]:
         if not isinstance(code, str):
             raise TypeError(f"code must be a str, not {type(code).__name__}")
         if not (timeout is None or timeout == "default" or (isinstance(timeout, (int, float)) and timeout > 0)):
             raise ValueError(f"timeout must be a number of seconds above 0 or None, not {timeout!r}")
         limit = self.settings.timeout_s if timeout == "default" else timeout
-        async with self._turn:
-            swept: str | None = None
-            while True:
-                queue: asyncio.Queue[CellEvent | None] = asyncio.Queue()
-                cell, closed = await self._send(code, limit, queue.put_nowait if events else None, swept)
-                closed.add_done_callback(lambda _, end=queue: end.put_nowait(None))  # type: ignore[misc]
-                timer = self._lifecycle.watch(cell, limit)
-                try:
-                    if events:
-                        async for event in _until(queue):
-                            yield event
-                    result = await asyncio.shield(closed)
-                finally:
-                    if timer is not None:
-                        timer.cancel()
-                    self._own = None
-                    if not closed.done():
-                        # The caller was cancelled or left the loop: end the cell before the next one's turn.
-                        await asyncio.shield(self._lifecycle.spawn(self._give_up(cell, closed)))
-                if result.status != "aborted":
-                    yield Finished(msg_id=cell.msg_id, result=result)
-                    return
-                # Another client's failing cell swept ours out of the kernel's queue before it ran: send it again.
-                swept = cell.msg_id
-
-    async def _send(
-        self, code: str, limit: float | None, listener: Any, instead_of: str | None
-    ) -> tuple[Cell, asyncio.Future[ExecutionResult]]:
-        self._check_open()
-        if self._ledger.failure is not None:
-            failure, self._ledger.failure = self._ledger.failure, None
-            raise failure
-        kernel = await self._lifecycle.ready()
-        message = kernel.message(
-            "execute_request",
-            {
-                "code": code,
-                "silent": False,
-                "store_history": True,
-                "user_expressions": {},
-                "allow_stdin": False,
-                "stop_on_error": True,
-            },
-        )
-        msg_id = message["header"]["msg_id"]
-        self._recorder.accept(msg_id, self._ledger.masked(code), timeout=limit)
-        if instead_of is not None:
-            self._recorder.retract(instead_of)
-        cell = self._feed.expect(msg_id, code, listener)
-        closed = self._ledger.results[msg_id] = asyncio.get_running_loop().create_future()
-        closed.add_done_callback(_retrieved)
-        self._own = cell
-        kernel.send_execute(message)
-        return cell, closed
-
-    async def _give_up(self, cell: Cell, closed: asyncio.Future[ExecutionResult]) -> None:
-        await self._lifecycle.end_cell(cell, "interrupted")
-        with suppress(SandboxError):
-            await asyncio.shield(closed)
+        return self._cells.run(code, limit, events=events)
 
     def _recorded(self, result: ExecutionResult) -> None:
         self._last = (result.msg_id, result.execution_count)
@@ -361,16 +304,3 @@ class Session:
             self._recorder.stopped(self._recorder.metadata.get("container_id"), **more)
         count = self._recorder.metadata.get("execution_count", 0)
         self._recorder.update_metadata(stopped_at=timestamp(), final_execution_count=count)
-
-
-async def _until(queue: asyncio.Queue[CellEvent | None]) -> AsyncIterator[CellEvent]:
-    """The events of a cell until its books are closed (None), without the last one."""
-    while (event := await queue.get()) is not None:
-        if not isinstance(event, Finished):
-            yield event
-
-
-def _retrieved(future: asyncio.Future[ExecutionResult]) -> None:
-    """A caller who went away does not want to be told of an exception that was never retrieved."""
-    if not future.cancelled():
-        future.exception()

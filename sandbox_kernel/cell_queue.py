@@ -1,0 +1,114 @@
+"""The cells of a session's own callers: one after the other, each sent, waited for and, where it must be, given up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any
+
+from sandbox_kernel.errors import SandboxError
+from sandbox_kernel.events import CellEvent, ExecutionResult, Finished
+from sandbox_kernel.feed import Cell, Feed
+from sandbox_kernel.ledger import Ledger
+from sandbox_kernel.lifecycle import Lifecycle
+from sandbox_kernel.record import NoRecorder, Recorder
+
+
+class CellQueue:
+    """Takes cells in the order they are called in."""
+
+    def __init__(
+        self,
+        recorder: Recorder | NoRecorder,
+        ledger: Ledger,
+        feed: Feed,
+        lifecycle: Lifecycle,
+        *,
+        check_open: Callable[[], None],
+    ) -> None:
+        """``check_open()`` raises when no cell may be sent any more."""
+        self._recorder, self._ledger, self._feed, self._lifecycle = recorder, ledger, feed, lifecycle
+        self._check_open = check_open
+        self._turn = asyncio.Lock()
+
+    @property
+    def busy(self) -> bool:
+        """A cell is running or waiting."""
+        return self._turn.locked()
+
+    async def run(self, code: str, limit: float | None, *, events: bool) -> AsyncGenerator[CellEvent, None]:
+        """Run a cell of at most ``limit`` seconds; the last event is Finished, with ``events`` the others come too.
+
+        Closing the generator early, or cancelling it, interrupts the cell.
+        """
+        async with self._turn:
+            swept: str | None = None
+            while True:
+                queue: asyncio.Queue[CellEvent | None] = asyncio.Queue()
+                cell, closed = await self._send(code, limit, queue.put_nowait if events else None, swept)
+                closed.add_done_callback(lambda _, end=queue: end.put_nowait(None))  # type: ignore[misc]
+                timer = self._lifecycle.watch(cell, limit)
+                try:
+                    if events:
+                        async for event in _until(queue):
+                            yield event
+                    result = await asyncio.shield(closed)
+                finally:
+                    if timer is not None:
+                        timer.cancel()
+                    if not closed.done():
+                        # The caller was cancelled or left the loop: end the cell before the next one's turn.
+                        await asyncio.shield(self._lifecycle.spawn(self._give_up(cell, closed)))
+                if result.status != "aborted":
+                    yield Finished(msg_id=cell.msg_id, result=result)
+                    return
+                # Another client's failing cell swept ours out of the kernel's queue before it ran: send it again.
+                swept = cell.msg_id
+
+    async def _send(
+        self, code: str, limit: float | None, listener: Any, instead_of: str | None
+    ) -> tuple[Cell, asyncio.Future[ExecutionResult]]:
+        self._check_open()
+        if self._ledger.failure is not None:
+            failure, self._ledger.failure = self._ledger.failure, None
+            raise failure
+        kernel = await self._lifecycle.ready()
+        message = kernel.message(
+            "execute_request",
+            {
+                "code": code,
+                "silent": False,
+                "store_history": True,
+                "user_expressions": {},
+                "allow_stdin": False,
+                "stop_on_error": True,
+            },
+        )
+        msg_id = message["header"]["msg_id"]
+        self._recorder.accept(msg_id, self._ledger.masked(code), timeout=limit)
+        if instead_of is not None:
+            self._recorder.retract(instead_of)
+        cell = self._feed.expect(msg_id, code, listener)
+        closed = self._ledger.results[msg_id] = asyncio.get_running_loop().create_future()
+        closed.add_done_callback(_retrieved)
+        kernel.send_execute(message)
+        return cell, closed
+
+    async def _give_up(self, cell: Cell, closed: asyncio.Future[ExecutionResult]) -> None:
+        await self._lifecycle.end_cell(cell, "interrupted")
+        with suppress(SandboxError):
+            await asyncio.shield(closed)
+
+
+async def _until(queue: asyncio.Queue[CellEvent | None]) -> AsyncIterator[CellEvent]:
+    """The events of a cell until its books are closed (None), without the last one."""
+    while (event := await queue.get()) is not None:
+        if not isinstance(event, Finished):
+            yield event
+
+
+def _retrieved(future: asyncio.Future[ExecutionResult]) -> None:
+    """A caller who went away does not want to be told of an exception that was never retrieved."""
+    if not future.cancelled():
+        future.exception()
