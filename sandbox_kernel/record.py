@@ -25,6 +25,8 @@ from sandbox_kernel.snapshot import read_metadata, rebuild_metadata, sorted_meta
 
 _RECENT = 20_000
 """Finished cells remembered while a session runs; a cell that ends twice does so within a few."""
+WAITING_BYTES = 64 * 2**20
+"""Lines of other clients' cells that are kept in memory while the disk is full: a kernel can forge any number."""
 
 
 class Recorder:
@@ -41,6 +43,9 @@ class Recorder:
         """Hashes of the msg_ids whose lines are in the log: a third of the memory of the ids."""
         self._knows_all_written = False
         self._unwritten: dict[str, dict[str, Any]] = {}
+        """Lines of cells that have ended and could not be written yet, in their order."""
+        self._unwritten_bytes = 0
+        self._left_out = 0
         self._metadata_lock = threading.Lock()
         self._metadata_due = False
         with contextlib.ExitStack() as undo:
@@ -100,38 +105,42 @@ class Recorder:
         self._journal.add(PendingCell(msg_id, code, timestamp(), self._log.head.size, fields))
         if self._fsync:
             self._journal.sync()
+        else:
+            disk_sync.soon(self._journal)
 
     def finish(self, msg_id: str, **fields: Any) -> None:
         """Write the cell's ``code_execution`` line and forget it in ``.pending``. Later calls for it do nothing.
 
         The document's fields come first; ``code`` may be left out for an accepted cell. When the line cannot be
         written it is kept in memory and written before the next cell is accepted or finished; the error is raised
-        all the same.
+        all the same. Of cells that were not accepted here no more than :data:`WAITING_BYTES` wait so.
         """
-        self._retry()
-        if self.seen(msg_id):
-            return
-        code, success = fields.pop("code", None), fields.pop("success", None)
-        if code is None:
-            cell = self._journal.cells.get(msg_id)
-            code = cell.code if cell is not None else ""
-        line = {
-            "code": code,
-            "success": fields.get("status") == "ok" if success is None else success,
-            "stdout": fields.pop("stdout", ""),
-            "execution_count": fields.pop("execution_count", None),
-            "msg_id": msg_id,
-            **fields,
-        }
+        fresh = not self.seen(msg_id) and msg_id not in self._unwritten
+        if fresh:
+            code, success = fields.pop("code", None), fields.pop("success", None)
+            if code is None:
+                cell = self._journal.cells.get(msg_id)
+                code = cell.code if cell is not None else ""
+            self._unwritten[msg_id] = {
+                "code": code,
+                "success": fields.get("status") == "ok" if success is None else success,
+                "stdout": fields.pop("stdout", ""),
+                "execution_count": fields.pop("execution_count", None),
+                "msg_id": msg_id,
+                **fields,
+            }
         try:
-            self._finish(msg_id, line)
+            self._retry()
         except RecordError:
-            self._unwritten[msg_id] = line
+            if fresh:
+                self._keep(msg_id)
             raise
 
     def retract(self, msg_id: str) -> None:
         """Forget an accepted cell that was never sent."""
-        self._journal.forget(msg_id)
+        # Where the disk is full it still stands in .pending: who opens that finds out that it never ran.
+        with contextlib.suppress(RecordError):
+            self._journal.forget(msg_id)
 
     def pending(self) -> list[PendingCell]:
         """The accepted cells without a line, oldest first; after a crash: those whose books are to be closed."""
@@ -155,9 +164,24 @@ class Recorder:
             self._journal.forget(msg_id)
 
     def _retry(self) -> None:
+        """Write what has no line yet; whatever came first is first."""
         for msg_id in list(self._unwritten):
             self._finish(msg_id, self._unwritten[msg_id])
             del self._unwritten[msg_id]
+        self._unwritten_bytes = 0
+        if self._left_out:
+            reason = "the log could not be written, and too many cells of other clients ended meanwhile"
+            self._log.append("cells_not_recorded", {"count": self._left_out, "reason": reason})
+            self._left_out = 0
+
+    def _keep(self, msg_id: str) -> None:
+        """A line has to wait for the disk: for another client's cell within the bound."""
+        size = len(encode(self._unwritten[msg_id]))
+        if msg_id not in self._journal.cells and self._unwritten_bytes + size > WAITING_BYTES:
+            del self._unwritten[msg_id]
+            self._left_out += 1
+        else:
+            self._unwritten_bytes += size
 
     def _read_written(self) -> None:
         """Learn which cells have lines since the session was last started."""

@@ -275,6 +275,51 @@ def test_a_full_disk_leaves_the_log_whole_and_loses_no_finished_cell(small_disk:
     assert verify(directory.path).intact
 
 
+def test_cells_that_end_while_the_disk_is_full_are_all_written_later(small_disk: Path) -> None:
+    """Another client's cells too, of which nothing stands in ``.pending``; and each once."""
+    directory = SessionDirectory(small_disk, "conv")
+    directory.create(os.getuid(), os.getgid())
+    record = Recorder.open(directory)
+    record.started("abc", None)
+    record.accept("ours", "1")
+    ballast = small_disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    for msg_id in ("ours", "theirs", "ours", "more", "more"):
+        with pytest.raises(RecordFull):
+            record.finish(msg_id, code="1", status="ok", stdout="y" * 10_000)
+        assert not record.seen(msg_id)
+    ballast.unlink()
+    record.accept("next", "2")
+    record.finish("next", status="ok")
+    record.finish("more", code="1", status="ok")
+    record.close()
+    assert [entry.get("msg_id") for entry in events(directory)[1:]] == ["ours", "theirs", "more", "next"]
+
+
+def test_what_waits_for_the_disk_is_bounded(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sandbox_kernel.record.WAITING_BYTES", 20_000)
+    directory = SessionDirectory(small_disk, "conv")
+    directory.create(os.getuid(), os.getgid())
+    record = Recorder.open(directory)
+    record.started("abc", None)
+    record.accept("ours", "1")
+    ballast = small_disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    for msg_id in [*map(str, range(10)), "ours"]:
+        with pytest.raises(RecordFull):
+            record.finish(msg_id, code="1", status="ok", stdout="y" * 6_000)
+    ballast.unlink()
+    record.close()
+    written = [entry.get("msg_id") for entry in events(directory) if entry["event"] == "code_execution"]
+    assert written == ["0", "1", "2", "ours"], "those of others are bounded, an accepted one is kept"
+    (lost,) = [entry for entry in events(directory) if entry["event"] == "cells_not_recorded"]
+    assert lost["count"] == 7
+
+
 def test_a_read_only_folder_is_an_error_that_says_so(small_disk: Path) -> None:
     directory = SessionDirectory(small_disk, "conv")
     directory.create(os.getuid(), os.getgid())
