@@ -5,6 +5,7 @@ Every value is validated when the object is made; an unknown or contradictory se
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from enum import StrEnum
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsError as UnreadableValue
 
 from sandbox_kernel.errors import SettingsError
 from sandbox_kernel.hosts import parse_hosts
@@ -59,7 +61,7 @@ def parse_size(value: Any) -> int:
     """
     if isinstance(value, bool):
         raise ValueError("a size is bytes or a text like '512m' or '2g'")
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float)) and math.isfinite(value):
         size = int(value)
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
@@ -69,6 +71,16 @@ def parse_size(value: Any) -> int:
     if size <= 0:
         raise ValueError(f"{value!r} must be more than 0 bytes")
     return size
+
+
+class _EnvFile(DotEnvSettingsSource):
+    """``.env``, which other programs share: only what begins with ``SANDBOX_`` is meant for us."""
+
+    def __call__(self) -> dict[str, Any]:
+        fields = self.settings_cls.model_fields
+        return {
+            name: value for name, value in super().__call__().items() if name in fields or name.startswith("sandbox_")
+        }
 
 
 class Settings(BaseSettings):
@@ -83,6 +95,7 @@ class Settings(BaseSettings):
         extra="forbid",
         frozen=True,
         env_ignore_empty=True,
+        env_parse_none_str="None",
         validate_default=True,
     )
 
@@ -94,7 +107,7 @@ class Settings(BaseSettings):
     dataset_access: DatasetAccess = DatasetAccess.NONE
     datasets_path: Path | None = None
     """Host folder of the data sets (LOCAL_RO, HYBRID)."""
-    image: str = "sandbox:latest"
+    image: str = Field(default="sandbox:latest", min_length=1)
     engine: Literal["docker", "local"] = "docker"
     """``local`` runs the kernel on this machine WITHOUT isolation."""
     transport: Literal["auto", "ipc", "tcp"] = "auto"
@@ -102,10 +115,10 @@ class Settings(BaseSettings):
     network: Literal["none", "full"] | list[str] = "none"
     """``none``, ``full``, or the hosts that may be reached over HTTP and HTTPS, through a proxy that logs
     (``["pypi.org", "*.example.org:8443"]``; see :mod:`.hosts`)."""
-    runtime: str | None = None
+    runtime: str | None = Field(default=None, min_length=1)
     """Another OCI runtime of the engine, e.g. ``runsc`` (gVisor)."""
     memory_limit: int = 2 * 2**30
-    cpus: float = Field(default=1.0, gt=0)
+    cpus: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     pids_limit: int = Field(default=256, ge=16)
     tmpfs_size: int = 512 * 2**20
     """Size of each of the container's in-memory folders (``/session``, ``/tmp``)."""
@@ -148,6 +161,35 @@ class Settings(BaseSettings):
             super().__init__(**values)
         except ValidationError as exc:
             raise SettingsError(_explain(exc)) from None
+        except UnreadableValue as exc:
+            name = str(exc).partition('"')[2].partition('"')[0]
+            raise SettingsError(
+                f"setting {name!r}: write a list as JSON in the environment: SANDBOX_{name.upper()}='[\"first\"]'"
+            ) from None
+        except (OSError, UnicodeDecodeError) as exc:
+            raise SettingsError(f"the file .env cannot be read: {exc}") from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Called by pydantic-settings; the first source goes before the next."""
+        assert isinstance(dotenv_settings, DotEnvSettingsSource)
+        return init_settings, env_settings, _EnvFile(settings_cls, env_file=dotenv_settings.env_file)
+
+    @field_validator("sessions_root", "store_root", "datasets_path")
+    @classmethod
+    def _home(cls, value: Path | None) -> Path | None:
+        """``~`` means the home folder in ``.env`` too, where no shell has looked at it."""
+        try:
+            return value if value is None else value.expanduser()
+        except RuntimeError as exc:
+            raise ValueError(str(exc)) from None
 
     @field_validator(
         "memory_limit",
@@ -216,7 +258,8 @@ def _explain(exc: ValidationError) -> str:
     for problem in exc.errors():
         name = ".".join(str(part) for part in problem["loc"][:1])
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown setting {name!r}. {_known()}")
+            where = " in .env" if name.startswith("sandbox_") else ""
+            lines.append(f"unknown setting {name!r}{where}. {_known()}")
             continue
         text = problem["msg"].removeprefix("Value error, ")
         lines.append(f"setting {name!r}: {text} (got {problem['input']!r})" if name else text)

@@ -71,14 +71,13 @@ def show(
 
 def _default_store(folder: Path) -> Path:
     root = os.environ.get("SANDBOX_STORE_ROOT")
-    return Path(root) if root else folder.resolve().parent / ".store"
+    return Path(root).expanduser() if root else folder.resolve().parent / ".store"
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must not be negative")
-    return number
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of entries")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:

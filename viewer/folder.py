@@ -22,7 +22,7 @@ class NoSession(Exception):
 
 def sessions_root() -> Path:
     """``SANDBOX_SESSIONS_ROOT``, else ``sessions``."""
-    return Path(os.environ.get("SANDBOX_SESSIONS_ROOT") or "sessions")
+    return Path(os.environ.get("SANDBOX_SESSIONS_ROOT") or "sessions").expanduser()
 
 
 def locate(name: str | os.PathLike[str]) -> Path:
