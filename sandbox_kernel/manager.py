@@ -14,7 +14,7 @@ from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.assembly import Opening, open_session
 from sandbox_kernel.datasets import FetchDataset
 from sandbox_kernel.directory import SessionDirectory, SessionLock, check_session_id
-from sandbox_kernel.errors import SandboxError, SessionNotFound
+from sandbox_kernel.errors import SandboxError, SessionClosed, SessionNotFound
 from sandbox_kernel.events import SessionInfo
 from sandbox_kernel.gc import collect
 from sandbox_kernel.masking import check_secrets
@@ -27,6 +27,8 @@ from sandbox_kernel.snapshot import read_metadata
 
 Listing = list[SessionInfo]  # in the class, `list` is its method
 Lines = list[str]
+
+CLOSED = "the SessionManager is closed; a new one takes up what still runs"
 
 
 class SessionManager:
@@ -56,6 +58,7 @@ class SessionManager:
     # -- life ------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
+        self._check_open()
         await self._open_store()
         self.pool.fill()
         if self.settings.idle_timeout_s is not None:
@@ -68,13 +71,19 @@ class SessionManager:
         await self.close()
 
     async def close(self) -> None:
-        """Stop the sessions (or let go of them: ``stop_on_exit=False``). Twice is once."""
+        """Stop the sessions (or let go of them: ``stop_on_exit=False``). Twice is once.
+
+        Sessions that are just being started are waited for; calls after it raise SessionClosed.
+        """
         self._closed = True
         if self._reaper is not None:
             self._reaper.cancel()
             with suppress(asyncio.CancelledError):
                 await self._reaper
             self._reaper = None
+        for opening in list(self._opening.values()):
+            async with opening:
+                pass
         await self.pool.close()
         held = list(self._sessions.values())
         ends = [session.stop() if self.settings.stop_on_exit else session.detach() for session in held]
@@ -85,6 +94,10 @@ class SessionManager:
             await asyncio.to_thread(store.close)
         if problems:
             raise problems[0]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosed(CLOSED)
 
     async def _open_store(self) -> ArtifactStore:
         if self._store is None:
@@ -109,6 +122,7 @@ class SessionManager:
         session_id = check_session_id(f"session-{random.token_hex(4)}" if session_id is None else session_id)
         check_secrets(secrets or {})
         async with self._opening.setdefault(session_id, asyncio.Lock()):
+            self._check_open()
             held = self._held(session_id)
             if held is not None:
                 return held
@@ -123,6 +137,7 @@ class SessionManager:
         """
         check_session_id(session_id)
         async with self._opening.setdefault(session_id, asyncio.Lock()):
+            self._check_open()
             held = self._held(session_id)
             if held is not None:
                 return held
@@ -164,6 +179,7 @@ class SessionManager:
 
     async def list(self) -> Listing:
         """Every session that is alive or recorded in ``sessions_root``, by id."""
+        self._check_open()
         alive = {found.session_id: found for found in await survivors(self.settings)}
         return await asyncio.to_thread(self._list, alive)
 
@@ -209,6 +225,7 @@ class SessionManager:
         Sessions that a process left alive on purpose (``stop_on_exit=False``) are stopped only with ``all``.
         Returns a line for each thing that was removed.
         """
+        self._check_open()
         return await collect(self, everything=all)
 
     async def _reap(self, idle_s: float) -> None:

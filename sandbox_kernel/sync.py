@@ -45,8 +45,6 @@ Infos = list[SessionInfo]
 Lines = list[str]
 # `list` inside SessionManager is its method.
 
-_CLOSED = "the SessionManager is closed; a new one takes up what still runs"
-
 
 class _Loop:
     """An event loop in a thread of its own, and calls into it."""
@@ -60,7 +58,7 @@ class _Loop:
     def call(self, work: Callable[[], Awaitable[T]]) -> T:
         """Await ``work()`` over there and give what it gives. Ctrl-C cancels it and waits until it has ended."""
         if self._portal is None:
-            raise SessionClosed(_CLOSED)
+            raise SessionClosed(asynchronous.CLOSED)
         task: asyncio.Task[Any] | None = None
 
         async def run() -> T:
@@ -78,7 +76,7 @@ class _Loop:
         try:
             return future.result()
         except concurrent.futures.CancelledError:
-            raise SessionClosed(_CLOSED) from None
+            raise SessionClosed(asynchronous.CLOSED) from None
         except KeyboardInterrupt:
             if not future.done():
                 self._portal.call(cancel)
@@ -233,7 +231,7 @@ class SessionManager:
         """The loop, begun when it is first needed."""
         with self._changing:
             if self._closed:
-                raise SessionClosed(_CLOSED)
+                raise SessionClosed(asynchronous.CLOSED)
             if self._loop is None:
                 loop = _Loop()
                 try:

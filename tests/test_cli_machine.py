@@ -100,6 +100,12 @@ def test_no_engine(bare: Shell) -> None:
     assert bare.json("list") == []
 
 
+def test_looking_and_cleaning_make_nothing(bare: Shell, image: str) -> None:
+    for command in (["list"], ["gc"], ["artifacts", "list"], ["doctor"], ["doctor", "--sessions"]):
+        bare(*command)
+    assert list(bare.folder.iterdir()) == []
+
+
 def test_without_isolation_only_by_name_and_with_a_warning(bare: Shell) -> None:
     done = bare("run", "-c", "1 + 1", SANDBOX_ENGINE="local")
     assert done.stdout == "2\n"

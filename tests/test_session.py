@@ -336,6 +336,18 @@ class TestSessions:
             listed = {info.session_id: info.status for info in await second.list()}
             assert listed == {"held": "running", "other": "running"}
 
+    async def test_a_closed_manager_holds_nothing_and_starts_nothing(self, tmp_path: Path) -> None:
+        async with SessionManager(Settings(sessions_root=tmp_path)) as manager:
+            starting = asyncio.create_task(manager.start("late"))
+            await until(lambda: (tmp_path / "late").is_dir())
+        assert (await starting).status == "stopped"
+        assert events(await starting)[-1]["event"] == "session_stopped"
+        for call in (manager.start("x"), manager.get("late"), manager.stop("late"), manager.list(), manager.gc()):
+            with pytest.raises(SessionClosed, match="a new one"):
+                await call
+        with pytest.raises(SessionClosed, match="a new one"):
+            await manager.__aenter__()
+
     async def test_left_alive_and_taken_up_again(self, tmp_path: Path) -> None:
         settings = Settings(sessions_root=tmp_path, stop_on_exit=False)
         async with SessionManager(settings) as first:

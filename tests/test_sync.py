@@ -174,10 +174,8 @@ def signal_when_on(conv: sync.Session) -> threading.Thread:
     """Ctrl-C once the cell that prints ``on`` has begun."""
 
     def wait() -> None:
-        pending = (conv.directory or Path()) / ".pending"
-        while not (conv.busy and b"time.sleep(60)" in pending.read_bytes()):
+        while not any(cell.running for cell in list(conv._session._feed.cells.values())):
             time.sleep(0.01)
-        time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=wait)

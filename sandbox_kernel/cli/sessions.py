@@ -43,8 +43,7 @@ def list_sessions(sessions_root: SessionsRoot = None, as_json: AsJson = False) -
 async def _list(settings: Settings) -> list[SessionInfo]:
     from sandbox_kernel.manager import SessionManager
 
-    async with SessionManager(settings) as manager:
-        return await manager.list()
+    return await SessionManager(settings).list()  # not entered: looking must not make a store
 
 
 def state(session_id: SessionId, sessions_root: SessionsRoot = None, as_json: AsJson = False) -> None:
@@ -174,5 +173,4 @@ def gc(
 async def _gc(settings: Settings, everything: bool) -> list[str]:
     from sandbox_kernel.manager import SessionManager
 
-    async with SessionManager(settings) as manager:
-        return await manager.gc(all=everything)
+    return await SessionManager(settings).gc(all=everything)  # not entered: cleaning must not make a store
