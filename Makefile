@@ -32,11 +32,11 @@ format: venv ## format and mend what ruff can mend
 
 image: engine ## sandbox:latest and sandbox-egress:latest, built when their recipes have changed
 	@$(call need,mmdebstrap,mmdebstrap)
-	@$(BIN)/python -m sandbox_kernel.provisioning.image
+	@$(BIN)/sandbox-kernel image build
 	@$(BIN)/sandbox-kernel image build --egress
 
 engine: venv ## a Docker Engine that answers
-	@$(BIN)/python -m sandbox_kernel.provisioning.bringup --yes
+	@$(BIN)/sandbox-kernel engine up --yes
 
 viewer: venv ## the record of a session [SESSION=conv] [ARGS="--limit 10"]
 	@$(BIN)/python -m viewer sessions/$(SESSION) $(ARGS)

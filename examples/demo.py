@@ -74,3 +74,5 @@ if __name__ == "__main__":
         asyncio.run(main())
     except SandboxError as exc:
         sys.exit(f"demo: {exc}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,14 +1,11 @@
 """Bring a Docker Engine up where none answers.
 
-    python -m sandbox_kernel.provisioning.bringup --yes
-
 Only as root on Debian or Ubuntu is anything done (install Debian's ``docker.io``, start ``dockerd``), and only
 what :func:`plan` announced. Elsewhere the caller gets the sentence that says what to do.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -20,8 +17,8 @@ from pathlib import Path
 import docker
 import requests
 
-from sandbox_kernel.errors import EngineError, EngineUnavailable
-from sandbox_kernel.provisioning.process import Progress, run
+from sandbox_kernel.errors import EngineUnavailable
+from sandbox_kernel.provisioning.process import Progress, run, say
 
 DEFAULT_ENDPOINT = "unix:///var/run/docker.sock"
 LOG = Path("/var/log/sandbox-kernel-dockerd.log")
@@ -105,7 +102,7 @@ def plan() -> BringUpPlan:
     return BringUpPlan(commands=commands, start_daemon=not systemd)
 
 
-def bring_up(assume_yes: bool = False, progress: Progress = print) -> EngineStatus:
+def bring_up(assume_yes: bool = False, progress: Progress = say) -> EngineStatus:
     """Make an engine answer, or say what a person must do. Blocking; seconds to a minute.
 
     Without ``assume_yes`` a person at a terminal is asked first, and anybody else is refused.
@@ -204,20 +201,3 @@ def _innermost(exc: BaseException) -> str:
     while (inner := exc.__cause__ or exc.__context__) is not None:
         exc = inner
     return f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line; exit code 0 when an engine answers."""
-    parser = argparse.ArgumentParser(prog="python -m sandbox_kernel.provisioning.bringup", description=__doc__)
-    parser.add_argument("--yes", action="store_true", help="do it without asking")
-    arguments = parser.parse_args(argv)
-    try:
-        bring_up(assume_yes=arguments.yes)
-    except EngineError as exc:
-        print(exc, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -7,7 +7,7 @@ import io
 
 from sandbox_kernel.provisioning.engine import tar
 from sandbox_kernel.provisioning.image import base_image, engine_client, image_folder, recipe_of, run_build
-from sandbox_kernel.provisioning.process import Progress
+from sandbox_kernel.provisioning.process import Progress, say
 
 IMAGE = "sandbox-egress:latest"
 
@@ -23,7 +23,7 @@ def is_egress_current() -> bool:
         return recipe_of(client, IMAGE) == egress_recipe()
 
 
-def build_egress_image(*, base: str | None = None, force: bool = False, progress: Progress = print) -> str:
+def build_egress_image(*, base: str | None = None, force: bool = False, progress: Progress = say) -> str:
     """Build it and return its id. Blocking: about 20 s, nothing when it is current; the build reaches Debian's mirror.
 
     ``base``: an image with Debian trixie. Raises EngineUnavailable, or EngineError naming the step that failed.

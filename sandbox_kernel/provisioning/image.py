@@ -7,7 +7,6 @@ registry), and the build. The image carries the hash of its recipe, so that an u
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.resources
 import io
@@ -27,7 +26,7 @@ import requests
 
 from sandbox_kernel.errors import EngineError
 from sandbox_kernel.provisioning.engine import translated
-from sandbox_kernel.provisioning.process import Progress, run
+from sandbox_kernel.provisioning.process import Progress, run, say
 
 TAG = "sandbox:latest"
 BASE = "python:3.13-slim"
@@ -70,7 +69,7 @@ def is_current(tag: str = TAG, *, base: str | None = None) -> bool:
         return recipe_of(client, tag) == recipe_hash(base)
 
 
-def build_image(tag: str = TAG, *, base: str | None = None, force: bool = False, progress: Progress = print) -> str:
+def build_image(tag: str = TAG, *, base: str | None = None, force: bool = False, progress: Progress = say) -> str:
     """Build the data-analysis image and return its id. Blocking: about 90 s the first time, nothing when it is current.
 
     ``base`` is an image with Python 3.13 to build upon (pulled when it is not there); ``force`` builds a current
@@ -162,13 +161,18 @@ def _download_wheels(folder: Path, architecture: str, progress: Progress) -> Non
     machine = _MACHINES.get(architecture, architecture)
     platforms = [argument for glibc in _GLIBC for argument in ("--platform", f"{glibc}_{machine}")]
     command = [
-        *(sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-deps"),
+        *(sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--progress-bar=off", "--no-deps"),
         *("--require-hashes", "--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp"),
         *platforms,
         *("--dest", str(folder), "--requirement", str(image_folder() / "requirements.lock")),
     ]
+
+    def fetching(line: str) -> None:
+        if line.lstrip().startswith(("Downloading ", "Using cached ")):
+            progress(line)
+
     try:
-        run(command, lambda _line: None)
+        run(command, fetching)
     except EngineError as exc:
         progress(f"  not fetched here, so the build must reach the registry itself. {exc}")
         for partial in folder.iterdir():
@@ -246,22 +250,3 @@ def _inspect(client: docker.APIClient, name: str) -> dict[str, Any] | None:
         except docker.errors.ImageNotFound:
             return None
         return found
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line: make sure of ``sandbox:latest``; exit code 0 when it is there and current."""
-    parser = argparse.ArgumentParser(prog="python -m sandbox_kernel.provisioning.image", description=main.__doc__)
-    parser.add_argument("--tag", default=TAG)
-    parser.add_argument("--base", help="an image with Python 3.13 to build upon")
-    parser.add_argument("--force", action="store_true", help="build a current image again")
-    arguments = parser.parse_args(argv)
-    try:
-        build_image(arguments.tag, base=arguments.base, force=arguments.force)
-    except EngineError as exc:
-        print(exc, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -14,6 +14,11 @@ Progress = Callable[[str], None]
 """Called with one line of text at a time."""
 
 
+def say(line: str) -> None:
+    """The usual :data:`Progress`: to standard output, at once also where that is a pipe."""
+    print(line, flush=True)
+
+
 def run(command: list[str], progress: Progress, *, environment: Mapping[str, str] | None = None) -> None:
     """Run ``command`` to its end without a terminal, stdout and stderr to ``progress``. Blocking.
 
