@@ -90,6 +90,7 @@ def test_in_a_terminal_the_same_is_there_in_colour(folder: Path, monkeypatch: py
     bare = re.sub(r"\x1b\[[0-9;]*m", "", text)
     for part in ("session conv", "sandbox:latest", "import pandas as pd", "Hello", "DataFrame", "art_123", "data.csv"):
         assert part in bare
+    assert re.search(r"print\('Hello'\) +│\n│ stdout ─+ │\n│ Hello ", bare), "code and output can be told apart"
 
 
 def test_what_can_be_left_out(folder: Path) -> None:

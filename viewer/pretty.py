@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
+from rich.rule import Rule
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
@@ -53,8 +54,17 @@ class PrettyView:
                 self._console.print(Padding(self._block(part), (0, 0, 0, 4)))
             return
         title.append(" · " + " · ".join([*item.facts, item.time]), style="not bold dim")
-        body = Group(*(self._block(part) for part in item.blocks))
+        body = Group(*self._labelled(item.blocks))
         self._console.print(Panel(body, title=title, title_align="left", border_style=colour, box=box.ROUNDED))
+
+    def _labelled(self, parts: Sequence[Block]) -> Iterator[RenderableType]:
+        """The parts of a cell, each kind below its name: colours alone would not tell code from what it printed."""
+        before = "code"
+        for part in parts:
+            if part.kind not in (before, "note"):
+                yield Rule(Text(part.kind, style="dim"), align="left", style="dim", characters="─")
+            before = part.kind
+            yield self._block(part)
 
     def _block(self, part: Block) -> RenderableType:
         if part.kind == "code":
