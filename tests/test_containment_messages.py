@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from attacked import attacked, events, run, until, usable
+from attacked import attacked, events, folder, run, until, usable
 
 from sandbox_kernel.session import Session
 
@@ -175,13 +175,14 @@ import threading
 def flood():
     end = time.monotonic() + 3
     while time.monotonic() < end: print('x' * 10_000)
+    open('/session/state/over', 'w').close()
 threading.Thread(target=flood).start()
 """)  # fmt: skip
-        await asyncio.sleep(3.5)
+        await until(lambda: (folder(victim) / "state/over").exists())
+        await usable(victim)  # what a cell says comes after all that was said before it
         late = events(victim, "output_after_cell")
         assert sum(len(line["text"]) for line in late) < 5_000_000, "what the log takes of it is bounded"
         assert sum(1 for _ in events(victim)) - size < 200
-        await usable(victim)
 
 
 def peak() -> int:

@@ -283,9 +283,10 @@ async def test_many_at_once_fetch_once(tmp_path: Path) -> None:
 
 
 async def test_a_cancelled_caller_does_not_end_the_fetch(tmp_path: Path) -> None:
-    go = asyncio.Event()
+    begun, go = asyncio.Event(), asyncio.Event()
 
     async def fetch(_: str) -> bytes:
+        begun.set()
         await go.wait()
         return CSV
 
@@ -295,9 +296,10 @@ async def test_a_cancelled_caller_does_not_end_the_fetch(tmp_path: Path) -> None
                 await datasets.select("x")
         go.set()
         assert (await datasets.select("x")).status == "LOADED"
+        begun.clear()
         go.clear()
         waiting = asyncio.create_task(datasets.select("y"))
-        await asyncio.sleep(0.05)
+        await begun.wait()
     with pytest.raises(asyncio.CancelledError):
         await waiting
 
