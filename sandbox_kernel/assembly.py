@@ -1,6 +1,6 @@
-"""Puts a session together: lock, record, workspace, ledger, Feed, kernel; each closed in the opposite order.
+"""Puts a session together that has its lock, record and workspace: data sets, Feed, kernel, and the session's face.
 
-A session directory whose kernel still lives (left alive on purpose, or by a process that died) is taken over: see
+What stands on the stack is closed in the opposite order. A kernel that still lives is taken over: see
 :mod:`sandbox_kernel.recovery`.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets as random
-import shutil
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -17,11 +16,9 @@ from functools import partial
 from typing import Any
 
 from sandbox_kernel.artifacts.agent import Agent
-from sandbox_kernel.artifacts.observer import Observer
 from sandbox_kernel.artifacts.remote import RemoteSpool, export_file
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.datasets import Datasets, FetchDataset
-from sandbox_kernel.directory import SessionDirectory, SessionLock
 from sandbox_kernel.errors import (
     ConnectionFileError,
     ContainerConflict,
@@ -30,7 +27,6 @@ from sandbox_kernel.errors import (
     KernelStartError,
     SandboxError,
     SessionNotFound,
-    SettingsError,
 )
 from sandbox_kernel.events import timestamp
 from sandbox_kernel.feed import Feed
@@ -42,14 +38,12 @@ from sandbox_kernel.provisioning import orphans
 from sandbox_kernel.provisioning.container import ContainerSpec
 from sandbox_kernel.provisioning.docker import DockerProvisioner
 from sandbox_kernel.provisioning.host import KernelHost, kernel_host
-from sandbox_kernel.provisioning.runtime import RuntimeDirectory, kernel_ids
-from sandbox_kernel.provisioning.survey import lock_path, survivor_of
 from sandbox_kernel.record import NoRecorder, Recorder
-from sandbox_kernel.recovery import Takeover, log_unlogged, may_run
+from sandbox_kernel.recovery import Takeover
 from sandbox_kernel.session import Session
-from sandbox_kernel.settings import SessionStorage, Settings
+from sandbox_kernel.settings import Settings
 from sandbox_kernel.traffic import TrafficLog
-from sandbox_kernel.workspace import BindWorkspace, TmpfsWorkspace, Workspace, read_cells
+from sandbox_kernel.workspace import TmpfsWorkspace, Workspace
 
 log = logging.getLogger(__name__)
 
@@ -77,121 +71,7 @@ class Opening:
     pool: Pool
 
 
-async def open_session(opening: Opening) -> Session:
-    """The session of that id: its living kernel taken over where there is one, else a new one.
-
-    Raises SessionNotFound (``attach_only`` and nothing lives), SessionHeld, EngineError, KernelStartError, RecordError.
-    """
-    async with AsyncExitStack() as stack:
-        session = Session(opening.session_id, opening.settings, opening.store)
-        if opening.settings.session_storage is SessionStorage.BIND:
-            await _open_bind(session, opening, stack)
-        else:
-            await _open_tmpfs(session, opening, stack)
-        session.owns(stack.pop_all())
-        return session
-
-
-async def _open_bind(session: Session, opening: Opening, stack: AsyncExitStack) -> None:
-    settings = opening.settings
-    directory = SessionDirectory(settings.sessions_root, opening.session_id)
-    if opening.attach_only and not directory.metadata.exists():
-        raise _not_found(opening)
-    directory.create(*kernel_ids())
-    stack.enter_context(SessionLock(directory.lock))
-    if not directory.metadata.exists() and not directory.log.exists():
-        stack.callback(_discard_unopened, session, directory)
-    recorder = Recorder.open(directory, durability=settings.durability)
-    stack.callback(recorder.close)
-    was = dict(recorder.metadata)
-    alive = bool(was.get("container_id")) and not was.get("stopped_at")
-    kernel_id = str(was.get("kernel_id") or "") if not was.get("stopped_at") else ""
-    if alive:
-        settings = session.settings = _as_started(settings, was.get("settings"))
-        known = RuntimeDirectory(kernel_id).secrets() if kernel_id else {}
-        opening = replace(opening, settings=settings, secrets={**known, **opening.secrets})
-    elif kernel_id:
-        # A process died while it started the session: no cell can have run.
-        await asyncio.to_thread(
-            orphans.clear, ContainerSpec(settings, kernel_id, opening.session_id, root=settings.sessions_root)
-        )
-        recorder.update_metadata(stopped_at=timestamp())
-    if opening.attach_only and not alive:
-        raise _not_found(opening)
-    spare = None if alive else await _claim(opening, stack, directory)
-    ledger = Ledger(opening.session_id, recorder, opening.store, masker(opening.secrets))
-    if alive:
-        await asyncio.to_thread(opening.store.recover)
-    log_unlogged(ledger, opening.store)
-    observer = Observer(
-        directory.artifacts, opening.store, opening.session_id, on_created=ledger.created, on_refused=ledger.refused
-    )
-    for msg_id in may_run(recorder, read_cells(directory.state_dir)) if alive else ():
-        observer.cell_started(msg_id, None)
-    await stack.enter_async_context(observer)
-    workspace = BindWorkspace(directory, observer)
-    spec = ContainerSpec(
-        settings=settings,
-        session_id=opening.session_id,
-        kernel_id=_kernel_id(kernel_id if alive else "", spare),
-        artifacts=directory.artifacts,
-        state=directory.state_dir,
-        root=settings.sessions_root,
-    )
-    living = str(was["container_id"]) if alive else None
-    await _wire(session, opening, stack, recorder, ledger, workspace, spec, living, spare)
-
-
-def _discard_unopened(session: Session, directory: SessionDirectory) -> None:
-    """A session that could not be started the first time leaves no folder; its lock is still held."""
-    if not session.opened:
-        shutil.rmtree(directory.path, ignore_errors=True)
-
-
-async def _open_tmpfs(session: Session, opening: Opening, stack: AsyncExitStack) -> None:
-    settings = opening.settings
-    stack.enter_context(SessionLock(lock_path(settings, opening.session_id)))
-    survivor = await survivor_of(settings, opening.session_id)
-    if opening.attach_only and (survivor is None or not survivor.alive):
-        raise _not_found(opening)
-    alive = survivor is not None and survivor.alive
-    if survivor is not None and alive:
-        known = RuntimeDirectory(survivor.kernel_id, survivor.runtime).secrets()
-        opening = replace(opening, secrets={**known, **opening.secrets})
-    spare = None if alive else await _claim(opening, stack, None)
-    recorder = NoRecorder()
-    ledger = Ledger(opening.session_id, recorder, opening.store, masker(opening.secrets))
-    spec = ContainerSpec(
-        settings=settings,
-        session_id=opening.session_id,
-        kernel_id=_kernel_id(survivor.kernel_id if survivor is not None and alive else "", spare),
-        root=settings.sessions_root,
-    )
-    living = survivor.container_id if survivor is not None and alive else None
-    await _wire(session, opening, stack, recorder, ledger, None, spec, living, spare)
-
-
-async def _claim(opening: Opening, stack: AsyncExitStack, directory: SessionDirectory | None) -> Spare | None:
-    """A kernel out of the pool, its folders in ``directory``, on ``stack`` until it is used; None: start one."""
-    if opening.secrets or (directory is not None and any(directory.artifacts.iterdir())):
-        return None
-    spare = opening.pool.take()
-    if spare is not None:
-        await stack.enter_async_context(spare)
-        if directory is not None:
-            try:
-                spare.furnish(directory)
-            except OSError as exc:
-                log.warning("session %s: its folders cannot be those of a spare (%s)", opening.session_id, exc)
-                return None
-    return spare
-
-
-def _kernel_id(living: str, spare: Spare | None) -> str:
-    return living or (spare.host.kernel_id if spare is not None else random.token_hex(6))
-
-
-async def _wire(
+async def assemble(
     session: Session,
     opening: Opening,
     stack: AsyncExitStack,
@@ -202,6 +82,10 @@ async def _wire(
     container_id: str | None,
     spare: Spare | None,
 ) -> None:
+    """Give ``session`` its parts and a kernel: the living ``container_id``, ``spare``, or else one that is launched.
+
+    ``workspace``: None where it lies in the container (TMPFS).
+    """
     settings = opening.settings
     datasets = Datasets(
         settings, opening.session_id, opening.store.root, opening.fetch_dataset, on_event=partial(ledger.append)
@@ -268,7 +152,7 @@ async def _wire(
             await takeover.join(lifecycle)
             return
         if opening.attach_only:
-            raise _not_found(opening)
+            raise not_found(opening)
     elif recorder.pending():
         await takeover.bury(None)
     # What a death from here on leaves is found by this.
@@ -370,19 +254,7 @@ async def _launched(
     recorder.update_metadata(**fields, stopped_at=None, final_execution_count=None)
 
 
-def _as_started(settings: Settings, recorded: object) -> Settings:
-    """``settings`` with those the living container was made with, so that its successor is made with them too."""
-    if not isinstance(recorded, dict):
-        return settings
-    known = {name: value for name, value in recorded.items() if name in OF_THE_CONTAINER}
-    try:
-        # Validated as a whole: a contradiction with what this manager wants (storage, data sets) keeps the manager's.
-        return Settings(**(settings.model_dump() | known))
-    except SettingsError:
-        return settings
-
-
-def _not_found(opening: Opening) -> SessionNotFound:
+def not_found(opening: Opening) -> SessionNotFound:
     return SessionNotFound(
         f"no living session {opening.session_id!r} in {opening.settings.sessions_root}; start() begins one"
     )

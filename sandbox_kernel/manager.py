@@ -11,13 +11,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from sandbox_kernel.artifacts.store import ArtifactStore
-from sandbox_kernel.assembly import Opening, open_session
+from sandbox_kernel.assembly import Opening
 from sandbox_kernel.datasets import FetchDataset
 from sandbox_kernel.directory import SessionDirectory, SessionLock, check_session_id
 from sandbox_kernel.errors import SandboxError, SessionClosed, SessionNotFound
 from sandbox_kernel.events import SessionInfo
 from sandbox_kernel.gc import collect
 from sandbox_kernel.masking import check_secrets
+from sandbox_kernel.opening import open_session
 from sandbox_kernel.pool import Pool
 from sandbox_kernel.provisioning import local
 from sandbox_kernel.provisioning.survey import Survivor, survivors
