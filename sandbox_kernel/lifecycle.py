@@ -10,13 +10,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sandbox_kernel.errors import EngineError, KernelGone, KernelStartError, SandboxError
 from sandbox_kernel.events import KernelDeath, Status
 from sandbox_kernel.feed import Cell, Feed
 from sandbox_kernel.kernel import Kernel, SocketReplaced
+from sandbox_kernel.launched import DiedAtStart, Provisioner, answered
 from sandbox_kernel.ledger import Ledger
 from sandbox_kernel.settings import Settings
 
@@ -24,71 +24,10 @@ log = logging.getLogger(__name__)
 
 INTERRUPT_EVERY_S = 1.0
 """An interrupt that was lost (in a finally block, say) is repeated so often during the grace."""
-
-
 IN_PLACE_S = 3.0
 """Longest wait for a restart within the container (it takes some 100 ms); then the container is replaced."""
-
 REJOIN_S = 1.0
 """One attempt to reach a kernel that somebody else restarted."""
-
-
-class _Died(KernelStartError):
-    """The kernel ended before it answered."""
-
-
-class Provisioner(Protocol):
-    """What the lifecycle needs of ``provisioning.docker.DockerProvisioner`` and its kin."""
-
-    container_id: str | None
-    host_port: int | None
-
-    @property
-    def connection_file(self) -> Path | None:
-        """The client's connection file."""
-
-    async def launch(self) -> Mapping[str, Any]:
-        """Start a kernel where there is none (again); returns its connection info."""
-
-    async def attach(self, container_id: str) -> Mapping[str, Any]:
-        """Take over a living container; returns its kernel's connection info."""
-
-    async def restart_in_place(self) -> Mapping[str, Any]:
-        """Kill the kernel process and start a fresh one in the same container."""
-
-    async def wait_dead(self) -> KernelDeath:
-        """Return when the kernel's container has died, or was paused from outside, with the cause."""
-
-    async def remove(self) -> None:
-        """End the kernel and remove everything that belongs to it; done already is done."""
-
-    def detach(self) -> None:
-        """Let go of a kernel that lives on."""
-
-
-async def answered(
-    provisioner: Provisioner, kernel: Kernel, feed: Feed | None, *, timeout: float
-) -> asyncio.Future[KernelDeath]:
-    """Connect to a kernel that was just launched; what tells of its death from now on.
-
-    Raises KernelStartError when it dies or does not answer within ``timeout`` seconds; the connection is closed then.
-    """
-    dead = asyncio.ensure_future(provisioner.wait_dead())
-    answer = asyncio.ensure_future(kernel.connect(feed, timeout=timeout))
-    try:
-        await asyncio.wait((dead, answer), return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            death = await dead
-            raise _Died(f"the kernel died while it started: {death.message}")
-        await answer
-    except BaseException:
-        dead.cancel()
-        answer.cancel()
-        with suppress(BaseException):
-            await asyncio.gather(dead, answer, return_exceptions=True)
-        kernel.close()
-        raise
-    return dead
 
 
 class Lifecycle:
@@ -143,7 +82,7 @@ class Lifecycle:
         while True:
             try:
                 return await self._connect(info, fresh=False, timeout=REJOIN_S)
-            except _Died as exc:
+            except DiedAtStart as exc:
                 raise EngineError(str(exc)) from exc
             except KernelStartError as exc:
                 if isinstance(exc, SocketReplaced) or loop.time() > deadline:

@@ -25,7 +25,7 @@ from sandbox_kernel.directory import SessionDirectory, SessionLock
 from sandbox_kernel.errors import SandboxError
 from sandbox_kernel.events import KernelDeath
 from sandbox_kernel.kernel import Kernel
-from sandbox_kernel.lifecycle import answered
+from sandbox_kernel.launched import answered
 from sandbox_kernel.provisioning.container import ContainerSpec
 from sandbox_kernel.provisioning.docker import DockerProvisioner
 from sandbox_kernel.provisioning.orphans import OWNER
