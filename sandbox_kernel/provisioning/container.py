@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox_kernel.provisioning.engine import MANAGED
-from sandbox_kernel.provisioning.runtime import BOOT, PORTS, SECRETS, SOCKETS, TCP_BASE, kernel_ids
+from sandbox_kernel.provisioning.runtime import BOOT, SECRETS, SOCKETS, kernel_ids
 from sandbox_kernel.settings import Settings
 
 WORKDIR = "/session"
@@ -200,7 +200,7 @@ def body(
     }
     if published is not None:
         host["PortBindings"] = dict(published)
-        document["ExposedPorts"] = {f"{TCP_BASE + number}/tcp": {} for number in range(len(PORTS))}
+        document["ExposedPorts"] = {port: {} for port in published}
     return document
 
 

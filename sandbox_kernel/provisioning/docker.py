@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Any
 
 from jupyter_client.connect import KernelConnectionInfo
 
-from sandbox_kernel.errors import ContainerConflict, EngineError, KernelStartError
+from sandbox_kernel.errors import EngineError, KernelStartError
 from sandbox_kernel.events import KernelDeath
 from sandbox_kernel.hosts import parse_hosts
 from sandbox_kernel.provisioning.base import SessionProvisioner, finished
@@ -24,20 +23,16 @@ from sandbox_kernel.provisioning.egress import Egress
 from sandbox_kernel.provisioning.egress_log import EgressLine
 from sandbox_kernel.provisioning.engine import MANAGED, Engine, SourceMissing, tar
 from sandbox_kernel.provisioning.memory import check_memory
-from sandbox_kernel.provisioning.network import network_config
-from sandbox_kernel.provisioning.orphans import OWNER, make_room, sweep_in_background
+from sandbox_kernel.provisioning.network import choose_transport, network_config, port_bindings, published_ports
+from sandbox_kernel.provisioning.orphans import OWNER, in_its_place, sweep_in_background
 from sandbox_kernel.provisioning.process import process_identity
 from sandbox_kernel.provisioning.readiness import SocketFiles, handshake
-from sandbox_kernel.provisioning.runtime import BOOT, PORTS, SOCKETS, TCP_BASE, RuntimeDirectory
+from sandbox_kernel.provisioning.runtime import BOOT, SOCKETS, RuntimeDirectory
 from sandbox_kernel.provisioning.stream import ExecStream
 from sandbox_kernel.provisioning.watch import Watch, Watcher
-from sandbox_kernel.settings import Settings
 
 PROVISIONER = "sandbox-docker"
 """Name of the entry point in ``jupyter_client.kernel_provisioners``."""
-
-_SHARED_KERNELS = (None, "runc", "crun", "io.containerd.runc.v2")
-"""OCI runtimes whose containers share the host's Linux kernel, and so its Unix sockets."""
 
 
 class DockerProvisioner(SessionProvisioner):
@@ -72,7 +67,7 @@ class DockerProvisioner(SessionProvisioner):
             if self.parent is not None:
                 sweep_in_background(engine)
             try:
-                return await self._launch_over(engine, spec, self._choose_transport(spec.settings, engine))
+                return await self._launch_over(engine, spec, choose_transport(spec.settings, engine))
             except SourceMissing as exc:
                 missing = [str(path) for path in spec.sources() if not path.exists()]
                 if missing:
@@ -86,13 +81,6 @@ class DockerProvisioner(SessionProvisioner):
                 return await self._launch_over(engine, spec, "tcp")
         finally:
             watcher.close()
-
-    @staticmethod
-    def _choose_transport(settings: Settings, engine: Engine) -> str:
-        if settings.transport != "auto":
-            return settings.transport
-        local = sys.platform == "linux" and engine.unix and not engine.desktop and engine.shares_files is not False
-        return "ipc" if local and settings.runtime in _SHARED_KERNELS else "tcp"
 
     async def _launch_over(self, engine: Engine, spec: ContainerSpec, transport: str) -> KernelConnectionInfo:
         self.transport = transport
@@ -144,15 +132,13 @@ class DockerProvisioner(SessionProvisioner):
             spec,
             runtime_dir=None if remote else runtime.path,
             network=network,
-            published=self._published() if self.transport == "tcp" else None,
+            published=port_bindings(self._ports) if self.transport == "tcp" else None,
             labels=labels,
         )
         archive = tar(files) if remote else None
-        try:
-            self.container_id = engine.create(spec.name, document, files=archive, files_at=BOOT)
-        except ContainerConflict:
-            make_room(engine, spec)
-            self.container_id = engine.create(spec.name, document, files=archive, files_at=BOOT)
+        self.container_id = in_its_place(
+            engine, spec, lambda: engine.create(spec.name, document, files=archive, files_at=BOOT)
+        )
 
     def _deliver_here(self) -> Callable[[list[EgressLine]], None]:
         """What another thread calls with the egress proxy's lines: they go to ``traffic``, in this event loop."""
@@ -165,12 +151,6 @@ class DockerProvisioner(SessionProvisioner):
 
         return deliver
 
-    def _published(self) -> dict[str, Any]:
-        return {
-            f"{TCP_BASE + number}/tcp": [{"HostIp": "127.0.0.1", "HostPort": str(port or "")}]
-            for number, port in enumerate(self._ports or (0,) * len(PORTS))
-        }
-
     async def _start(self, engine: Engine, spec: ContainerSpec) -> KernelConnectionInfo:
         """Start, wait for the kernel, and return the client's connection info."""
         container = str(self.container_id)
@@ -181,16 +161,14 @@ class DockerProvisioner(SessionProvisioner):
                 await self._wait_ready(files.fresh)
             return self._client_info()
         await finished(engine.start, container, runtime=spec.settings.runtime)
-        self._take_ports((await asyncio.to_thread(engine.inspect, container))["NetworkSettings"]["Ports"] or {})
+        self._take_ports(await asyncio.to_thread(engine.inspect, container))
         info = self._client_info()
         async with handshake(info) as connection:
             await self._wait_ready(connection.up)
         return info
 
     def _take_ports(self, found: dict[str, Any]) -> None:
-        bindings = [found.get(f"{TCP_BASE + number}/tcp") for number in range(len(PORTS))]
-        # A container that is dead already has none; the watch tells of that.
-        self._ports = tuple(int(binding[0]["HostPort"]) if binding else 1 for binding in bindings)
+        self._ports = published_ports(found["NetworkSettings"])
         self.host_port = self._ports[0]
 
     async def _start_error(self) -> KernelStartError:
@@ -225,7 +203,7 @@ class DockerProvisioner(SessionProvisioner):
         self._watch, self._death = watch, None
         watch.take_state(found["State"])
         if self.transport == "tcp":
-            self._take_ports(found["NetworkSettings"]["Ports"] or {})
+            self._take_ports(found)
         self.connection_info = self._client_info()
         await asyncio.to_thread(self._runtime.write_connection_file, self.connection_info)
         return self.connection_info
@@ -317,11 +295,7 @@ class DockerProvisioner(SessionProvisioner):
         """Have the container of a spare that was assigned carry its session's name. Raises ContainerConflict."""
         engine, container = self._running()
         spec = self._require_spec()
-        try:
-            await asyncio.to_thread(engine.rename, container, spec.name)
-        except ContainerConflict:
-            await asyncio.to_thread(make_room, engine, spec)
-            await asyncio.to_thread(engine.rename, container, spec.name)
+        await asyncio.to_thread(in_its_place, engine, spec, lambda: engine.rename(container, spec.name))
 
     def detach(self) -> None:
         if self._watch is not None:

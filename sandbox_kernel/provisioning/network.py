@@ -1,4 +1,4 @@
-"""How a container is networked.
+"""How a container is networked, and how clients reach the kernel in it: its Unix sockets, or ports on loopback.
 
 | setting | ipc | tcp |
 | --- | --- | --- |
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import ipaddress
 import random
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from sandbox_kernel.errors import EngineError, LimitExceeded, SettingsError
 from sandbox_kernel.provisioning.engine import MANAGED, Engine
+from sandbox_kernel.provisioning.runtime import PORTS, TCP_BASE
 from sandbox_kernel.settings import Settings
 
 PRIVATE = "sandbox-kernel"
@@ -28,6 +30,9 @@ OWN_POOL = ipaddress.IPv4Network("198.18.0.0/15")
 """The bridges of single kernels are cut from it. The engine's own pool has 31 networks in all; this block (RFC 2544,
 for tests of network devices) is routed nowhere and holds 16,384 of eight addresses."""
 
+_SHARED_KERNELS = (None, "runc", "crun", "io.containerd.runc.v2")
+"""OCI runtimes whose containers share the host's Linux kernel, and so its Unix sockets."""
+
 _OWN_PREFIX = 29
 _TRIES = 50
 
@@ -38,6 +43,14 @@ _OPTIONS = {
 
 # The engine's resolver would ask the world's name servers for us: give it one that is not there.
 NO_NAMES = {"Dns": ["127.0.0.1"], "DnsOptions": ["timeout:1", "attempts:1"]}
+
+
+def choose_transport(settings: Settings, engine: Engine) -> str:
+    """``ipc`` or ``tcp``: as the settings say, else ``ipc`` where the container's sockets can be reached from here."""
+    if settings.transport != "auto":
+        return settings.transport
+    local = sys.platform == "linux" and engine.unix and not engine.desktop and engine.shares_files is not False
+    return "ipc" if local and settings.runtime in _SHARED_KERNELS else "tcp"
 
 
 def network_config(settings: Settings, transport: str, engine: Engine) -> dict[str, Any]:
@@ -79,6 +92,22 @@ def _without_gateway(subnet: ipaddress.IPv4Network) -> dict[str, Any]:
         "Driver": "default",
         "Config": [{"Subnet": str(subnet), "AuxiliaryAddresses": {"DefaultGatewayIPv4": nobody}}],
     }
+
+
+def port_bindings(ports: tuple[int, ...]) -> dict[str, Any]:
+    """What is to be published, and where on the host: at ``ports``, or where the engine likes when there are none."""
+    return {
+        f"{TCP_BASE + number}/tcp": [{"HostIp": "127.0.0.1", "HostPort": str(port or "")}]
+        for number, port in enumerate(ports or (0,) * len(PORTS))
+    }
+
+
+def published_ports(found: Mapping[str, Any]) -> tuple[int, ...]:
+    """The host's ports out of the container's ``NetworkSettings``."""
+    ports = found["Ports"] or {}
+    bindings = [ports.get(f"{TCP_BASE + number}/tcp") for number in range(len(PORTS))]
+    # A container that is dead already has none; the watch tells of that.
+    return tuple(int(binding[0]["HostPort"]) if binding else 1 for binding in bindings)
 
 
 def create_own(engine: Engine, name: str, *, published: bool, labels: Mapping[str, str]) -> ipaddress.IPv4Network:

@@ -7,9 +7,10 @@ program that started it, and neither does a spare of the pool that no session ha
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from sandbox_kernel.errors import ContainerConflict, SandboxError
 from sandbox_kernel.events import KernelDeath
@@ -20,6 +21,8 @@ from sandbox_kernel.provisioning.engine import MANAGED, Engine, NotThere
 from sandbox_kernel.provisioning.process import process_identity
 from sandbox_kernel.provisioning.runtime import RuntimeDirectory, runtime_base, session_of
 from sandbox_kernel.provisioning.watch import Watch
+
+T = TypeVar("T")
 
 OWNER = "sandbox-kernel.owner"
 """Label with the process a container must not outlive: ``<boot id> <pid> <start time>``."""
@@ -51,7 +54,16 @@ def sweep_in_background(engine: Engine) -> None:
     threading.Thread(target=run, name="sandbox-kernel sweep", daemon=True).start()
 
 
-def make_room(engine: Engine, spec: ContainerSpec) -> None:
+def in_its_place(engine: Engine, spec: ContainerSpec, take: Callable[[], T]) -> T:
+    """``take()``, which gives a container the name of ``spec``; a dead one of the session that has it is removed."""
+    try:
+        return take()
+    except ContainerConflict:
+        _make_room(engine, spec)
+        return take()
+
+
+def _make_room(engine: Engine, spec: ContainerSpec) -> None:
     """Remove a dead container of the same session; raises ContainerConflict for any other of that name (blocks)."""
     try:
         found = engine.inspect(spec.name)
