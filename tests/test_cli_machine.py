@@ -98,6 +98,8 @@ def test_no_engine(bare: Shell) -> None:
     done = bare("run", "-c", "1", expect=3, DOCKER_HOST="unix:///nonexistent.sock")
     assert "nonexistent.sock" in done.stderr
     assert bare.json("list") == []
+    done = bare("image", "build", expect=3, DOCKER_HOST="unix:///nonexistent.sock")
+    assert "sandbox-kernel engine up" in done.stderr
 
 
 def test_looking_and_cleaning_make_nothing(bare: Shell, image: str) -> None:
