@@ -134,7 +134,7 @@ async def _claim(opening: Opening, stack: AsyncExitStack, directory: SessionDire
         return None
     spare = opening.pool.take()
     if spare is not None:
-        await stack.enter_async_context(spare)
+        stack.push_async_callback(spare.close)
         if directory is not None:
             try:
                 spare.furnish(directory)

@@ -17,8 +17,7 @@ from collections import deque
 from collections.abc import Coroutine, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from sandbox_kernel.datasets import Datasets
 from sandbox_kernel.directory import SessionDirectory, SessionLock
@@ -44,7 +43,7 @@ _POOLED = (DatasetAccess.NONE, DatasetAccess.LOCAL_RO)
 
 
 class Spare:
-    """A kernel that waits for its session. As an async context manager it is removed at the end if it still does."""
+    """A kernel that waits for its session."""
 
     def __init__(
         self,
@@ -78,14 +77,6 @@ class Spare:
     async def _tidy(self) -> None:
         if self._folder is not None:
             await asyncio.to_thread(self._folder.remove)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def close(self) -> None:
         """Remove it, unless it was handed over. Twice is once."""
