@@ -7,14 +7,16 @@ watched container, so that a death during the gap is told too.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from sandbox_kernel.errors import EngineError
 from sandbox_kernel.provisioning.engine import Engine, NotThere, close_stream
+
+log = logging.getLogger(__name__)
 
 _RECONNECT_S = (0.05, 0.2, 1.0, 5.0)
 
@@ -113,9 +115,11 @@ class _Listener(threading.Thread):
                     self._watcher.dispatch(
                         actor.get("ID", ""), str(event.get("Action", "")), actor.get("Attributes", {})
                     )
-            except (EngineError, ValueError, AttributeError):
-                # ValueError, AttributeError: docker-py's reader when the stream is closed under it
-                pass
+            except Exception as exc:
+                # Whatever docker-py's reader raises when the stream ends under it, in the middle of an event too: were
+                # this thread to end, no death would be told any more.
+                if not self._closed.is_set():
+                    log.info("the engine's events broke off: %r", exc)
             self._closed.wait(_RECONNECT_S[min(failures, len(_RECONNECT_S) - 1)])
             failures += 1
 
