@@ -79,7 +79,8 @@ class Kernel:
         self._welcome: asyncio.Future[None] | None = None
         self.on_disconnected: Callable[[Kernel], None] | None = None
         """Called when the kernel's process has let go of its control socket: it ended, or somebody restarted it."""
-        self._monitors: dict[str, tuple[zmq.Socket[bytes], int]] = {}
+        self._monitors: dict[str, tuple[zmq.Socket[bytes], zmq.Socket[bytes], int]] = {}
+        """By channel: its socket, what tells of that one's connection, and the descriptor of the latter."""
         self._ended = False
 
     # -- life ------------------------------------------------------------------------------
@@ -151,27 +152,34 @@ class Kernel:
                 self._watch(name, socket)
             socket.connect(self._address(name))
         except BaseException:
+            self._unwatch(name)
             socket.close(linger=0)
             raise
         self._channels[name] = Channel(socket, self._wire, deliver)
 
     def _watch(self, name: str, socket: zmq.Socket[bytes]) -> None:
         """Have zmq tell when the connection is lost."""
-        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        # An address of its own: pyzmq's is made of a descriptor's number, which another socket may have a moment later.
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED, f"inproc://{secrets.token_hex(8)}")
         descriptor = cast(int, monitor.getsockopt(zmq.FD))
-        self._monitors[name] = (monitor, descriptor)
+        self._monitors[name] = (socket, monitor, descriptor)
         asyncio.get_running_loop().add_reader(descriptor, self._lost, name)
         asyncio.get_running_loop().call_soon(self._lost, name)  # the descriptor tells of nothing before a first look
 
     def _unwatch(self, name: str) -> None:
-        monitor, descriptor = self._monitors.pop(name)
+        if name not in self._monitors:
+            return
+        socket, monitor, descriptor = self._monitors.pop(name)
         asyncio.get_running_loop().remove_reader(descriptor)
+        # In this order: to tell of an event zmq waits for whoever listens, and would wait for ever once nobody does. It
+        # has one thread for all kernels of the process.
+        socket.disable_monitor()
         monitor.close(linger=0)
 
     def _lost(self, name: str) -> None:
         try:
             while name in self._monitors:
-                self._monitors[name][0].recv_multipart(zmq.NOBLOCK)
+                self._monitors[name][1].recv_multipart(zmq.NOBLOCK)
                 if name == "iopub":
                     asyncio.get_running_loop().call_later(REOPEN_S, self._reopen_iopub)
                     continue
