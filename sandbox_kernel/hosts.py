@@ -92,6 +92,8 @@ def parse_hosts(entries: list[str]) -> list[HostRule]:
     """The rules of a list, each once. Raises ValueError naming the bad entry."""
     if not entries:
         raise ValueError("an empty list allows nothing; write network='none'")
+    if alone := {"none", "full"}.intersection(entries):
+        raise ValueError(f"{min(alone)!r} stands alone, not in a list of hosts")
     if len(entries) > MAX_HOSTS:
         raise ValueError(f"{len(entries)} hosts are more than {MAX_HOSTS}; use wildcards, or network='full'")
     return list(dict.fromkeys(HostRule.parse(entry) for entry in entries))

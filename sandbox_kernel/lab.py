@@ -117,6 +117,12 @@ def write_notebook(target: LabTarget) -> Path:
     return target.notebook
 
 
+def check_jupyterlab() -> None:
+    """Raises SandboxError, with the command that installs it, when there is no JupyterLab in this environment."""
+    if importlib.util.find_spec("jupyterlab") is None:
+        raise SandboxError("JupyterLab is not installed; run: pip install 'sandbox-kernel[lab]'")
+
+
 class LabServer:
     """JupyterLab as a child process on loopback, with the session's notebook open.
 
@@ -138,8 +144,7 @@ class LabServer:
         self._signalled: asyncio.Future[int]
 
     async def __aenter__(self) -> Self:
-        if importlib.util.find_spec("jupyterlab") is None:
-            raise SandboxError("JupyterLab is not installed; run: pip install 'sandbox-kernel[lab]'")
+        check_jupyterlab()
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(self._signals())
             home = Path(tempfile.mkdtemp(prefix="sandbox-lab-"))

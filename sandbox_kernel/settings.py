@@ -210,6 +210,21 @@ class Settings(BaseSettings):
             raise ValueError("a kernel needs at least 64m")
         return value
 
+    @field_validator("tmpfs_size")
+    @classmethod
+    def _tmpfs(cls, value: int) -> int:
+        if value < 2**20:
+            raise ValueError("a kernel needs at least 1m")
+        return value
+
+    @field_validator("pool_imports")
+    @classmethod
+    def _modules(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if not all(part.isidentifier() for part in name.split(".")):
+                raise ValueError(f"{name!r} is not the name of a module")
+        return value
+
     @field_validator("network", mode="before")
     @classmethod
     def _hosts(cls, value: Any) -> Any:

@@ -327,9 +327,14 @@ async def test_state_and_export(place: Place, tmp_path: Path) -> None:
         assert place.store.read(artifact.id) == outside.read_bytes()
         with pytest.raises(ArtifactNotFound, match="no such file"):
             await spool.export("/nonexistent")
-        for path in (str(tmp_path), "/dev/zero"):
+        with pytest.raises(ArtifactNotFound, match="no such file"):
+            await spool.export("/etc/hostname\0")
+        for path in (str(tmp_path), "/dev/zero", "/proc/cpuinfo"):  # the last says that it has no bytes
             with pytest.raises(ArtifactRefused, match="cannot be exported"):
                 await spool.export(path)
+        with pytest.raises(TypeError, match="int"):
+            await spool.export(5)  # type: ignore[arg-type]
+        assert (await spool.export(outside)).version == 2
 
 
 # --- lies -------------------------------------------------------------------------------------

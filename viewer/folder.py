@@ -39,7 +39,7 @@ def locate(name: str | os.PathLike[str]) -> Path:
     if given.is_dir():
         raise NoSession(f"{str(name)!r} is no session folder: it holds none of {', '.join(_FILES)}")
     where = f"neither {str(given)!r} nor {str(by_id)!r} is a folder" if given != by_id else "there is no such folder"
-    raise NoSession(f"no session {str(name)!r}: {where}; name a folder like sessions/<id>")
+    raise NoSession(f"no session {str(name)!r}: {where}; name a folder like sessions/<id> (TMPFS leaves none)")
 
 
 def waiting(folder: Path) -> tuple[list[dict[str, Any]], int, list[Problem]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -159,7 +160,7 @@ class RemoteSpool:
         """
         return await self._asking.state(name, limit=limit)
 
-    async def export(self, path: str) -> Artifact:
+    async def export(self, path: str | os.PathLike[str]) -> Artifact:
         """Any file of the container that the kernel's user can read, as an artifact of kind ``export``.
 
         Relative paths are below ``/session``. Raises as :func:`export_file`.
@@ -304,14 +305,17 @@ async def _unchanged(content: RemoteFile, file: RemoteFileInfo, force: bool) -> 
 
 
 async def export_file(
-    agent: Agent, store: ArtifactStore, session_id: str, path: str, cell: Cell = (None, None)
+    agent: Agent, store: ArtifactStore, session_id: str, path: str | os.PathLike[str], cell: Cell = (None, None)
 ) -> Artifact:
     """``path`` of the container as an artifact of kind ``export``; for BIND too: ``/data``, ``/tmp`` are not shared.
 
     ``cell``: msg_id and execution_count to record. Raises ArtifactNotFound, ArtifactRefused (no regular file, too big,
-    changed while it was read), AgentGone.
+    changed while it was read), AgentGone, TypeError.
     """
+    path = os.fsdecode(path)
     try:
+        if "\0" in path:
+            raise Missing
         async with agent.export(path, limit=store.max_artifact_bytes) as content:
             return await put_chunks(store, session_id, path.strip("/"), _steady(content), "export", cell)
     except Missing as exc:

@@ -74,9 +74,11 @@ def lab(
 
 async def _lab(settings: Settings, session_id: str, *, port: int, browser: bool, kernelspec: bool) -> None:
     from sandbox_kernel.cli.living import notebook_dir, recorded_target, settings_of
-    from sandbox_kernel.lab import LabServer, LabTarget, how_to_attach, write_kernelspec
+    from sandbox_kernel.lab import LabServer, LabTarget, check_jupyterlab, how_to_attach, write_kernelspec
     from sandbox_kernel.manager import SessionManager
 
+    if not kernelspec:
+        check_jupyterlab()  # before a session is started that would be left for nothing
     async with AsyncExitStack() as stack:
         manager = await stack.enter_async_context(SessionManager(await settings_of(settings, session_id)))
         # While Lab runs we hold the session, so that its cells are recorded; unless its holder does that.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sandbox_kernel.cli.options import AsJson, SessionId, SessionsRoot, SomeSessionIds, make_settings, print_json
-from sandbox_kernel.errors import SandboxError, SessionHeld
+from sandbox_kernel.errors import SandboxError, SessionHeld, SessionNotFound
 
 if TYPE_CHECKING:
     from sandbox_kernel.events import PythonState, SessionInfo
@@ -152,6 +152,10 @@ async def _stop(settings: Settings, session_ids: list[str] | None) -> list[Sandb
         try:
             async with SessionManager(await settings_of(settings, session_id)) as manager:
                 await manager.stop(session_id)
+        except SessionNotFound:
+            failed.append(
+                SessionNotFound(f"no session {session_id!r} in {settings.sessions_root}; see: sandbox-kernel list")
+            )
         except SandboxError as exc:
             failed.append(exc)
     return failed

@@ -285,6 +285,8 @@ def send_file(path: str, flags: int, limit: int | None = None) -> None:
         if limit is not None and before.st_size > limit:
             raise Refused("%d bytes, more than the %d allowed" % (before.st_size, limit))
         size = before.st_size
+        if not size and os.read(file, 1):
+            raise Refused("it has content but no size, like those of /proc: copy it first")
         say(size=size, ino=before.st_ino, mtime_ns=before.st_mtime_ns)
         sent = 0
         while sent < size:

@@ -35,6 +35,7 @@ _REMEDIES = (
     ),
     (r"[Rr]ange of CPUs", "the setting cpus={cpus} is more than the engine's machine has"),
     (r"[Mm]inimum memory limit", "the setting memory_limit is too small for the engine"),
+    (r"invalid reference format", "the setting image={image!r} is not the name of an image"),
     (r"seccomp is not enabled", "the engine's Linux kernel has no seccomp: it cannot confine a session"),
     (
         r"(cannot allocate memory|no space left on device|too many open files)",
@@ -96,7 +97,10 @@ def _from_status(exc: docker.errors.APIError, doing: str, context: Mapping[str, 
     status = exc.status_code
     if isinstance(exc, docker.errors.ImageNotFound) or (status == 404 and "o such image" in text):
         image = context.get("image") or text
-        return ImageNotFound(f"the image {image!r} is not on the engine; build it: sandbox-kernel image build")
+        remedy = "build it: sandbox-kernel image build"
+        if image != "sandbox:latest":
+            remedy = "pull it or build it; ours is made by: sandbox-kernel image build"
+        return ImageNotFound(f"the image {image!r} is not on the engine; {remedy}")
     if status == 404:
         return NotThere(f"cannot {doing}: {text}")
     if status == 409 and "already in use" in text:
@@ -105,7 +109,7 @@ def _from_status(exc: docker.errors.APIError, doing: str, context: Mapping[str, 
         return SourceMissing(f"cannot {doing}: the engine does not see this machine's files ({text})")
     for pattern, remedy in _REMEDIES:
         if re.search(pattern, text):
-            known = {"runtime": context.get("runtime"), "cpus": context.get("cpus")}
+            known = {name: context.get(name) for name in ("image", "runtime", "cpus")}
             kind = LimitExceeded if "no room" in remedy else EngineError
             return kind(f"cannot {doing}: {remedy.format(**known)} (the engine says: {text})")
     return EngineError(f"cannot {doing}: the engine says: {text}")

@@ -50,7 +50,8 @@ def install(
     """Write the kernelspec as ``ipykernel install`` does; the folder it is in.
 
     At most one of ``user``, ``sys_prefix`` and ``prefix``; without any, the machine's own folder.
-    Raises SettingsError for overrides that are wrong or contradict each other, and for a folder that cannot be written.
+    Raises SettingsError for overrides that are wrong or contradict each other, for a name that Jupyter does not take,
+    and for a folder that cannot be written.
     """
     if sum((user, sys_prefix, prefix is not None)) > 1:
         raise SettingsError("give at most one of --user, --sys-prefix and --prefix")
@@ -69,8 +70,12 @@ def install(
                     folder, kernel_name=name, user=user, prefix=None if where is None else str(where)
                 )
             )
-        except PermissionError as exc:
-            raise SettingsError(f"cannot write {exc.filename}; use --user, --sys-prefix or --prefix") from exc
+        except OSError as exc:
+            raise SettingsError(
+                f"cannot write {exc.filename}: {exc.strerror}; use --user, --sys-prefix or another --prefix"
+            ) from exc
+        except ValueError as exc:  # a name that Jupyter does not take
+            raise SettingsError(str(exc)) from exc
 
 
 def _add_logos(folder: Path) -> None:
