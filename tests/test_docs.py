@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from sandbox_kernel import SandboxError, SessionManager, errors, sync
 from sandbox_kernel.cli.options import make_settings
+from sandbox_kernel.events import ExecutionResult, StreamEvent
 from sandbox_kernel.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -140,6 +142,27 @@ def test_the_commands_help_stands_in_the_docs() -> None:
     make_cli = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_cli)
     assert make_cli.PAGE.read_text() == make_cli.render(), "run: python docs/make_cli.py"
+
+
+def names_in_table(page: str, heading: str) -> set[str]:
+    """What stands in backticks in the first column of the table below a heading; of a call its name."""
+    section = (ROOT / "docs" / page).read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    first = " ".join(re.findall(r"^\| (.*?) \|", section, re.M)[1:])
+    return set(re.findall(r"`(\w+)", first))
+
+
+def test_every_public_name_is_on_the_page_about_python() -> None:
+    def public(kind: type) -> set[str]:
+        return {name for name in dir(kind) if not name.startswith("_")}
+
+    assert names_in_table("python.md", "SessionManager") == public(SessionManager) | {"pool"}
+    assert names_in_table("python.md", "Session") == public(sync.Session) | {"id", "settings"}
+    kinds = [kind.model_fields["type"].default for kind in get_args(get_args(StreamEvent)[0])]
+    assert names_in_table("python.md", "Events") == set(kinds)
+    assert names_in_table("python.md", "Result") == {*ExecutionResult.model_fields, "success"}
+    tree = {name for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, SandboxError)}
+    told = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "python.md").read_text().partition("## Errors\n")[2]))
+    assert tree <= told
 
 
 def test_the_picture_stands_alone() -> None:
