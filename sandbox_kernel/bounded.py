@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections import deque
 from pathlib import Path
@@ -83,17 +84,47 @@ class BoundedText:
 
 
 class Spool:
-    """The whole of one output in a temporary file without a name: nothing is left behind if we die."""
+    """The whole of one output in a temporary file without a name: nothing is left behind if we die.
+
+    What the disk does not take costs the whole, and nothing else: :attr:`error` says so.
+    """
 
     def __init__(self, directory: Path, filename: str, content_type: str) -> None:
         self.filename = filename
         self.content_type = content_type
         self.size = 0
-        directory.mkdir(parents=True, exist_ok=True)
-        self.file: BinaryIO = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by the session after storing
+        self.error: OSError | None = None
+        self._file: BinaryIO | None = None
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed after it was stored
+        except OSError as exc:
+            self.error = exc
 
     def write(self, data: bytes) -> None:
-        """Keep ``data``, up to ``MAX_SPOOL`` altogether. Raises OSError."""
+        """Keep ``data``, up to ``MAX_SPOOL`` altogether."""
+        if self._file is None:
+            return
         data = data[: MAX_SPOOL - self.size]
-        self.file.write(data)
-        self.size += len(data)
+        try:
+            self._file.write(data)
+            self.size += len(data)
+        except OSError as exc:
+            self._give_up(exc)
+
+    def whole(self) -> BinaryIO | None:
+        """The file from its beginning, to be closed by the caller; None when it could not be kept."""
+        if self._file is not None:
+            try:
+                self._file.seek(0)  # writes what is still buffered
+            except OSError as exc:
+                self._give_up(exc)
+        file, self._file = self._file, None
+        return file
+
+    def _give_up(self, exc: OSError) -> None:
+        self.error = exc
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # the buffer is tried once more
+                self._file.close()
+            self._file = None

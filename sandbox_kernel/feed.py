@@ -57,8 +57,6 @@ class Cell:
         """A process before us sent it, or let it run: how it ended is told by the kernel's own journal."""
         self.note: str | None = None
         """What the log is to say of it besides."""
-        self.spool_error: OSError | None = None
-        """The whole of a long output could not be kept (disk full); head and tail are."""
 
     def end(self, status: Status) -> None:
         self.status = status
@@ -195,11 +193,7 @@ class Feed:
         if cell is None:
             self._late(msg_id, msg_type, content)
             return
-        try:
-            event = cell.collector.add(msg_type, content)
-        except OSError as exc:
-            cell.spool_error = exc
-            return
+        event = cell.collector.add(msg_type, content)
         if event is not None and cell.listener is not None:
             cell.listener(event)
 

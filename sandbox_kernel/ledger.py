@@ -7,16 +7,21 @@ One path for every cell, whoever ran it. Cells are closed one after the other in
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
+from hashlib import sha256
 from typing import Any, Protocol
 
 from sandbox_kernel.artifacts.store import ArtifactStore
-from sandbox_kernel.errors import ArtifactError, RecordError, SandboxError
+from sandbox_kernel.errors import ArtifactError, RecordError, SandboxError, SessionClosed
 from sandbox_kernel.events import Artifact, ArtifactCreated, ExecutionResult, Finished, timestamp
 from sandbox_kernel.feed import Cell
 from sandbox_kernel.outputs import Output, for_log
 from sandbox_kernel.record import NoRecorder, Recorder
+
+log = logging.getLogger(__name__)
 
 LATE_QUIET_S = 0.3
 """Late output (of threads) is gathered for so long, then logged; or with the next line of the log."""
@@ -75,6 +80,14 @@ class Ledger:
         if self._task is not None:
             await self._task
         self.flush_late()
+        for waiting in self.results.values():
+            if not waiting.done():
+                waiting.set_exception(
+                    SessionClosed(
+                        f"session {self.session_id!r} was let go of while its cell ran; it goes on, and has its line "
+                        "in the log when the session is taken up again"
+                    )
+                )
 
     async def _run(self) -> None:
         while (cell := await self._queue.get()) is not None:
@@ -82,6 +95,7 @@ class Ledger:
             try:
                 result = await self._close(cell)
             except Exception as exc:  # the caller must hear of it, and the next cell must still be closed
+                log.warning("session %s, cell %s: %s", self.session_id, cell.msg_id, repr(exc))
                 if future is not None and not future.done():
                     future.set_exception(exc)
                 elif isinstance(exc, SandboxError):
@@ -169,7 +183,8 @@ class Ledger:
         except RecordError as exc:
             self.failure = exc
             return
-        self.store.mark_logged([artifact.id for artifact in files])
+        with suppress(ArtifactError):  # who opens the session next finds the line, and marks them then
+            self.store.mark_logged([artifact.id for artifact in files])
 
     async def _close(self, cell: Cell) -> ExecutionResult:
         collector = cell.collector
@@ -177,9 +192,12 @@ class Ledger:
         self._held = []
         try:
             if self.watch is not None:
-                with suppress(ArtifactError):
+                try:
                     artifacts = await self.watch.cell_finished(cell.msg_id)
-            spooled = await self._store_spools(cell) if collector.truncated else []
+                except ArtifactError as exc:  # they stay where they are
+                    self.append("artifact_refused", path=".", reason=str(exc))
+            lost: list[str] = []
+            spooled = await self._store_spools(cell, lost) if collector.truncated else []
             outputs = collector.outputs()
             result = ExecutionResult(
                 session_id=self.session_id,
@@ -201,7 +219,7 @@ class Ledger:
                 **self.notes.pop(cell.msg_id, {}),
             )
             self.flush_late()
-            self._write(result, cell)
+            self._write(result, cell, lost)
         finally:
             held, self._held = self._held or [], None
             self._log_artifacts(held)
@@ -209,13 +227,13 @@ class Ledger:
                 self._current = None
         return result
 
-    def _write(self, result: ExecutionResult, cell: Cell) -> None:
+    def _write(self, result: ExecutionResult, cell: Cell, lost: list[str]) -> None:
         if cell.own and cell.status == "aborted":
             # Another client's failing cell swept it out of the kernel's queue before it ran: the session sends it
             # again, and takes it back only when it has been accepted anew.
             return
         note = {} if cell.note is None else {"note": cell.note}
-        self.write(result.msg_id, **self.line(result, spool_error=cell.spool_error), **note)
+        self.write(result.msg_id, **self.line(result, lost), **note)
 
     def write(self, msg_id: str, **line: Any) -> None:
         """A ``code_execution`` line (masked already) and the count of cells. Raises RecordError."""
@@ -230,9 +248,9 @@ class Ledger:
             self._written = loop.time()
             loop.call_later(METADATA_AFTER_S, self.recorder.sync)
 
-    def line(self, result: ExecutionResult, *, spool_error: OSError | None = None) -> dict[str, Any]:
-        """The fields of a ``code_execution`` line."""
-        outputs = self._mask_outputs(for_log(result.outputs, self._put_blob)) if result.outputs else []
+    def line(self, result: ExecutionResult, lost: list[str]) -> dict[str, Any]:
+        """The fields of a ``code_execution`` line; ``lost``: what of its output could not be kept, and why."""
+        outputs = self._mask_outputs(for_log(result.outputs, partial(self._put_blob, lost))) if result.outputs else []
         fields: dict[str, Any] = {
             "code": self.masked(result.code),
             "success": result.success,
@@ -253,22 +271,30 @@ class Ledger:
                 "truncated": True,
                 "output_artifacts": [a.model_dump(mode="json") for a in result.output_artifacts],
             }
-        if spool_error is not None:
-            fields["output_lost"] = f"the whole output could not be kept: {spool_error.strerror}"
+        if lost:
+            fields["output_lost"] = "; ".join(dict.fromkeys(lost))
         if not result.state_preserved:
             fields |= {"state_preserved": False, "lost_names": result.lost_names}
         if result.death is not None:
             fields["death"] = result.death.model_dump()
         return fields
 
-    def _put_blob(self, data: bytes, mime: str) -> str:
-        return self.store.put_blob(data)
+    def _put_blob(self, lost: list[str], data: bytes, mime: str) -> str:
+        """A picture that the store does not take must not cost the cell its line."""
+        try:
+            return self.store.put_blob(data)
+        except ArtifactError as exc:
+            lost.append(f"the bytes of a picture could not be kept: {exc}")
+            return sha256(data).hexdigest()
 
-    async def _store_spools(self, cell: Cell) -> list[Artifact]:
+    async def _store_spools(self, cell: Cell, lost: list[str]) -> list[Artifact]:
         stored = []
         for spool in cell.collector.take_spools():
-            with spool.file as file:
-                file.seek(0)
+            file = spool.whole()
+            if file is None:
+                lost.append(f"the whole output could not be kept: {spool.error and spool.error.strerror}")
+                continue
+            with file:
                 try:
                     stored.append(
                         await asyncio.to_thread(
@@ -283,6 +309,7 @@ class Ledger:
                         )
                     )
                 except ArtifactError as exc:
+                    lost.append(f"the whole output could not be kept: {exc}")
                     self.append("artifact_refused", path=spool.filename, reason=str(exc))
         return stored
 

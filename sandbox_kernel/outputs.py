@@ -72,10 +72,7 @@ class OutputCollector:
     # -- adding ----------------------------------------------------------------------------
 
     def add(self, msg_type: str, content: dict[str, Any]) -> CellEvent | None:
-        """Take one iopub message; returns the event a stream should yield, None for messages that are no output.
-
-        Raises OSError when the spool cannot be written.
-        """
+        """Take one iopub message; returns the event a stream should yield, None for messages that are no output."""
         if msg_type == "stream":
             return self._stream(content)
         if msg_type in ("display_data", "update_display_data", "execute_result"):

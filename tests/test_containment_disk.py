@@ -89,6 +89,26 @@ async def test_a_kernel_that_fills_the_disk(small_disk: Path) -> None:
     assert len(ids) == len(set(ids)), "no cell twice"
 
 
+async def test_a_full_store_costs_no_cell_its_line(small_disk: Path, tmp_path: Path) -> None:
+    """The log lies elsewhere and has room: what of a cell's output the store cannot keep, its line says."""
+    async with attacked(tmp_path, store_root=small_disk / "store", max_output_bytes=20_000) as session:
+        await usable(session)
+        ballast = fill(small_disk)
+        printed = await session.execute("for n in range(200_000): print(f'{n:09d}')")
+        assert printed.status == "ok", printed
+        assert printed.stdout.startswith("000000000\n") and printed.stdout.endswith("000199999\n")
+        shown = await session.execute(
+            "import base64, os\ndisplay({'image/png': base64.b64encode(os.urandom(200_000)).decode()}, raw=True)"
+        )
+        assert shown.status == "ok", shown
+        lines = {line["msg_id"]: line for line in events(session, "code_execution")}
+        for result in (printed, shown):
+            assert "no space left" in lines[result.msg_id]["output_lost"].lower()
+        ballast.unlink()
+        await usable(session)
+    assert "output_lost" not in events(session, "code_execution")[-1]
+
+
 async def test_a_read_only_folder(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises((SandboxError, OSError)) as caught:

@@ -26,8 +26,9 @@ def close(collector: OutputCollector) -> dict[str, bytes]:
     """The spools by name, read and closed."""
     whole = {}
     for spool in collector.take_spools():
-        with spool.file as file:
-            file.seek(0)
+        file = spool.whole()
+        assert file is not None
+        with file:
             whole[spool.filename] = file.read()
     return whole
 
