@@ -35,6 +35,7 @@ from sandbox_kernel.lifecycle import Lifecycle
 from sandbox_kernel.masking import masker
 from sandbox_kernel.pool import Pool, Spare
 from sandbox_kernel.provisioning import orphans
+from sandbox_kernel.provisioning.base import finished
 from sandbox_kernel.provisioning.container import ContainerSpec
 from sandbox_kernel.provisioning.docker import DockerProvisioner
 from sandbox_kernel.provisioning.host import KernelHost, kernel_host
@@ -166,7 +167,7 @@ async def assemble(
         spare.host.assign(spec)  # before the metadata name it: a spare whose process has died is anybody's to sweep
         await lifecycle.adopt(spare.kernel, spare.info, spare.dead)
         await spare.hand_over(spec)
-        lifecycle.spawn(_rename(spare.host))
+        lifecycle.tasks.spawn(_rename(spare.host))
     recorder.started(host.container_id, host.host_port, image=settings.image, kernel_id=host.kernel_id)
 
 
@@ -188,7 +189,7 @@ async def _attached(
         session.spare_kernel(False)
         death = await asyncio.to_thread(orphans.last_words, spec, container_id, str(exc))
         await host.remove()
-        await asyncio.to_thread(orphans.clear, spec)
+        await finished(orphans.clear, spec)
         await takeover.bury(death)
         session.opened = True  # by the process that died: unless a kernel is launched, it has stopped now
         return False
@@ -202,7 +203,7 @@ async def _launch(lifecycle: Lifecycle, spec: ContainerSpec) -> None:
         try:
             return await lifecycle.launch()
         except ContainerConflict:
-            await asyncio.to_thread(orphans.clear, spec)
+            await finished(orphans.clear, spec)
     return await lifecycle.launch()
 
 

@@ -59,7 +59,7 @@ class CellQueue:
                         timer.cancel()
                     if not closed.done():
                         # The caller was cancelled or left the loop: end the cell before the next one's turn.
-                        await asyncio.shield(self._lifecycle.spawn(self._give_up(cell, closed)))
+                        await asyncio.shield(self._lifecycle.tasks.spawn(self._give_up(cell, closed)))
                 if result.status != "aborted":
                     yield Finished(msg_id=cell.msg_id, result=result)
                     return

@@ -23,7 +23,7 @@ import zmq
 from jupyter_client.session import Session as WireSession
 
 from sandbox_kernel.channel import Channel
-from sandbox_kernel.errors import ConnectionFileError, KernelStartError, SandboxError
+from sandbox_kernel.errors import ConnectionFileError, KernelGone, KernelStartError, SandboxError
 from sandbox_kernel.feed import Feed
 from sandbox_kernel.message import Message
 
@@ -127,10 +127,10 @@ class Kernel:
         for pin in self._pins.values():
             os.close(pin)
         self._pins.clear()
-        for reply in self._replies.values():
-            reply.cancel()
-        for idle in self._idles.values():
-            idle.cancel()
+        asked: list[asyncio.Future[Any]] = [*self._replies.values(), *self._idles.values()]
+        for waiting in asked:
+            if not waiting.done():  # and not a cancellation: who waits was not told to end
+                waiting.set_exception(KernelGone("the connection to the kernel was closed"))
         self._replies.clear()
         self._idles.clear()
 
@@ -235,7 +235,7 @@ class Kernel:
         self._channels["shell"].send(message)
 
     async def request(self, channel: str, msg_type: str, content: Message | None = None) -> Message:
-        """Send a request and wait for its reply (no timeout of its own)."""
+        """Send a request and wait for its reply (no timeout of its own). Raises KernelGone when :meth:`close` comes."""
         message = self.message(msg_type, content)
         msg_id = message["header"]["msg_id"]
         future = self._replies[msg_id] = asyncio.get_running_loop().create_future()
@@ -250,6 +250,7 @@ class Kernel:
         """Return when the kernel has dealt with all that it was sent before, and what it said of that has been read.
 
         Shell is first in, first out, and iopub tells in order: the idle of a request of ours comes after the rest.
+        Raises KernelGone when :meth:`close` comes before.
         """
         message = self.message("kernel_info_request")
         msg_id = message["header"]["msg_id"]
@@ -270,12 +271,12 @@ class Kernel:
         if "control" in self._channels:
             self._channels["control"].send(self.message("shutdown_request", {"restart": False}))
 
-    async def drain(self) -> None:
-        """Read what a dead kernel's sockets still hold: until nothing comes for 20 ms, at most 2 s."""
+    async def drain(self, limit: float = 2.0) -> None:
+        """Read what a dead kernel's sockets still hold: until nothing comes for 20 ms, at most ``limit`` seconds."""
         channel = self._channels.get("iopub")
         if channel is None:
             return
-        deadline = asyncio.get_running_loop().time() + 2.0
+        deadline = asyncio.get_running_loop().time() + limit
         quiet = False
         while not quiet and asyncio.get_running_loop().time() < deadline:
             self._heard = False

@@ -19,6 +19,7 @@ from sandbox_kernel.kernel import Kernel, SocketReplaced
 from sandbox_kernel.launched import DiedAtStart, Provisioner, answered
 from sandbox_kernel.ledger import Ledger
 from sandbox_kernel.settings import Settings
+from sandbox_kernel.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,9 @@ INTERRUPT_EVERY_S = 1.0
 """An interrupt that was lost (in a finally block, say) is repeated so often during the grace."""
 IN_PLACE_S = 3.0
 """Longest wait for a restart within the container (it takes some 100 ms); then the container is replaced."""
+AT_ONCE_S, DRAIN_S, NAMES_S = 0.4, 0.3, 0.2
+"""Of the second within which the caller of an overdue cell is back: how long the restart is waited for, then what the
+old kernel had said, and (before them) the names of its variables. What takes longer goes on without the caller."""
 REJOIN_S = 1.0
 """One attempt to reach a kernel that somebody else restarted."""
 
@@ -59,9 +63,9 @@ class Lifecycle:
         self._changing = asyncio.Lock()
         """Held while the kernel is being replaced."""
         self._mourner: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._rejoining: Kernel | None = None
         self._failure: SandboxError | None = None
-        self._closed = False
+        self.tasks = Tasks(session_id)
         self.connection_info: Mapping[str, Any] = {}
 
     # -- start and end ---------------------------------------------------------------------
@@ -111,29 +115,34 @@ class Lifecycle:
     ) -> None:
         self.kernel, self.connection_info = kernel, info
         kernel.on_disconnected = self._lost
-        self._mourner = asyncio.create_task(self._mourn(dead), name=f"mourner {self._session_id}")
+        self._mourner = self.tasks.spawn(self._mourn(dead))
         self._mourner.add_done_callback(lambda _: dead.cancel())  # also when it is cancelled before it has begun
-        await self._on_launched(fresh)
+        try:
+            await self._on_launched(fresh)
+        except BaseException:
+            self._mourner.cancel()
+            self.kernel = None
+            kernel.close()
+            if fresh:
+                await self.provisioner.remove()
+            raise
         self._failure = None
         self._ready.set()
 
-    def detach(self) -> None:
+    async def detach(self) -> None:
         """Let go of the kernel without ending it."""
-        self._let_go()
+        await self._let_go()
         self.provisioner.detach()
 
-    def _let_go(self) -> None:
-        self._closed = True
+    async def _let_go(self) -> None:
         self._ready.clear()
-        for task in (self._mourner, *self._tasks):
-            if task is not None:
-                task.cancel()
         if self.kernel is not None:
             self.kernel.close()
+        await self.tasks.end()
 
     async def close(self, before_remove: Callable[[], Awaitable[Any]] | None = None) -> None:
         """End the kernel; running cells end as interrupted. ``before_remove``: a last look into the container."""
-        self._let_go()
+        await self._let_go()
         self._feed.abandon_all("interrupted")
         try:
             if before_remove is not None:
@@ -151,6 +160,9 @@ class Lifecycle:
 
     async def revive(self, *, asked: bool = False) -> None:
         """Start a kernel where there is none; ``asked``: by the caller, so whatever ``restart_on_death`` says."""
+        await self.tasks.to_the_end(self._revive(asked))
+
+    async def _revive(self, asked: bool) -> None:
         if self.kernel is not None:
             # Somebody else restarts it: the fresh one is awaited, and only without one a container is made.
             with suppress(TimeoutError):
@@ -179,13 +191,7 @@ class Lifecycle:
             # is such a cell, and a caller who gave a timeout must come back.
             asyncio.get_running_loop().call_later(timeout, self._expire, cell, timeout, True)
             return
-        self.spawn(self.end_cell(cell, "timeout"))
-
-    def spawn(self, work: Any) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        self.tasks.spawn(self.end_cell(cell, "timeout"))
 
     async def end_cell(self, cell: Cell, verdict: Status) -> None:
         """Interrupt a cell, see that it ends; after the grace its kernel is killed and restarted."""
@@ -200,30 +206,39 @@ class Lifecycle:
                 self.kernel.interrupt()
             with suppress(TimeoutError):
                 await asyncio.wait_for(cell.finished.wait(), min(left, INTERRUPT_EVERY_S))
-        if not cell.finished.is_set() and not self._closed:
-            await self.replace("timeout" if verdict == "timeout" else "would not be interrupted")
+        if not cell.finished.is_set() and not self.tasks.closed:
+            await self.replace("timeout" if verdict == "timeout" else "would not be interrupted", cell)
 
     # -- restart ---------------------------------------------------------------------------
 
-    async def replace(self, reason: str) -> list[str]:
-        """Kill the kernel and start a fresh one; the names of the variables that were lost."""
+    async def replace(self, reason: str, cell: Cell | None = None) -> list[str]:
+        """Kill the kernel and start a fresh one; the names of the variables that were lost.
+
+        ``cell``: the one that does not end; has it ended before its kernel's turn has come, nothing is done.
+        """
+        return await self.tasks.to_the_end(self._replace(reason, cell))
+
+    async def _replace(self, reason: str, cell: Cell | None) -> list[str]:
         async with self._changing:
+            if cell is not None and cell.finished.is_set():
+                return []  # by its kernel's death, or by whoever gave it up as well: this kernel is another one
             self._ready.clear()
-            lost = await self._known_names()
+            lost = await self._names()
             if self._mourner is not None:
                 self._mourner.cancel()
-            for cell in self._feed.cells.values():
-                self._ledger.notes[cell.msg_id] = {"state_preserved": False, "lost_names": lost}
+            for running in self._feed.cells.values():
+                self._ledger.notes[running.msg_id] = {"state_preserved": False, "lost_names": lost}
             old, self.kernel = self.kernel, None
+            restart = self.tasks.spawn(self._in_place())
             try:
-                info = await asyncio.wait_for(self.provisioner.restart_in_place(), IN_PLACE_S)
-            except (SandboxError, TimeoutError) as exc:
-                log.warning("session %s: restart in place failed (%s); a new container", self._session_id, exc)
-                info = None
-            if old is not None:
-                await old.drain()
-                old.close()
+                await asyncio.wait({restart}, timeout=AT_ONCE_S)
+                if old is not None:
+                    await old.drain(DRAIN_S)
+            finally:
+                if old is not None:
+                    old.close()
             self._feed.abandon_all("interrupted")
+            info = await restart
             if info is None:
                 await self.provisioner.remove()
                 await self._relaunch(lost, reason=reason)
@@ -232,10 +247,23 @@ class Lifecycle:
                 self._ledger.append("kernel_restarted", reason=reason, lost_names=lost)
             return lost
 
+    async def _in_place(self) -> Mapping[str, Any] | None:
+        try:
+            return await asyncio.wait_for(self.provisioner.restart_in_place(), IN_PLACE_S)
+        except (SandboxError, TimeoutError) as exc:
+            log.warning("session %s: restart in place failed (%s); a new container", self._session_id, exc)
+            return None
+
+    async def _names(self) -> list[str]:
+        """The variables there are, where that can be learnt at once."""
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(self._known_names(), NAMES_S)
+        return []
+
     async def _relaunch(self, lost: list[str], *, reason: str = "kernel died") -> None:
         try:
             await self.launch()
-        except (EngineError, KernelStartError) as exc:
+        except SandboxError as exc:
             self._failure = exc
             self._ledger.append("kernel_start_failed", reason=str(exc))
             raise
@@ -248,35 +276,43 @@ class Lifecycle:
     async def _mourn(self, dead: asyncio.Future[KernelDeath]) -> None:
         death = await dead
         async with self._changing:
-            self._ready.clear()
-            lost = await self._known_names()
-            kernel, self.kernel = self.kernel, None
-            if kernel is not None:
+            await self._bury(death)
+
+    async def _bury(self, death: KernelDeath) -> None:
+        """End the cells of a kernel that is gone with the cause, and launch the next one."""
+        self._ready.clear()
+        lost = await self._names()
+        kernel, self.kernel = self.kernel, None
+        if kernel is not None:
+            try:
                 await kernel.drain()
+            finally:
                 kernel.close()
-            for cell in self._feed.cells.values():
-                self._ledger.notes[cell.msg_id] = {"state_preserved": False, "lost_names": lost, "death": death}
-            self._ledger.append("kernel_died", **death.model_dump(), lost_names=lost)
-            self._feed.abandon_all("kernel_died")
-            self._failure = KernelGone(
-                f"the kernel of session {self._session_id!r} died: {death.message}. restart() starts a new one"
-            )
-            if self._settings.restart_on_death and not self._closed:
+        for cell in self._feed.cells.values():
+            self._ledger.notes[cell.msg_id] = {"state_preserved": False, "lost_names": lost, "death": death}
+        self._ledger.append("kernel_died", **death.model_dump(), lost_names=lost)
+        self._feed.abandon_all("kernel_died")
+        self._failure = KernelGone(
+            f"the kernel of session {self._session_id!r} died: {death.message}. restart() starts a new one"
+        )
+        with suppress(SandboxError):
+            if self._settings.restart_on_death:
                 with suppress(SandboxError):
                     await self.provisioner.remove()
-                with suppress(EngineError, KernelStartError):
-                    await self._relaunch(lost)
+                await self._relaunch(lost)
 
     # -- restarted by somebody else --------------------------------------------------------
 
     def _lost(self, kernel: Kernel) -> None:
         """The kernel let go of its sockets: it died (its container is about to), or Lab's Restart was pressed."""
-        if kernel is self.kernel and not self._changing.locked() and not self._closed:
-            self.spawn(self._rejoin(kernel))
+        current = kernel is self.kernel and kernel is not self._rejoining
+        if current and not self._changing.locked() and not self.tasks.closed:
+            self._rejoining = kernel
+            self._ready.clear()
+            self.tasks.spawn(self._rejoin(kernel))
 
     async def _rejoin(self, lost_kernel: Kernel) -> None:
-        lost = await self._known_names()
-        self._ready.clear()
+        lost = await self._names()
         deadline = asyncio.get_running_loop().time() + self._settings.start_timeout_s
         fresh: Kernel | None = None
         while fresh is None and self.kernel is lost_kernel and asyncio.get_running_loop().time() < deadline:
@@ -286,16 +322,22 @@ class Lifecycle:
                 fresh = kernel
             except SandboxError:
                 await asyncio.sleep(0.02)  # until the fresh kernel's sockets are there, or the mourner has the kernel
-        async with self._changing:
-            if self.kernel is not lost_kernel or fresh is None:
-                if fresh is not None:
-                    fresh.close()
-                return
-            for cell in self._feed.cells.values():
-                self._ledger.notes[cell.msg_id] = {"state_preserved": False, "lost_names": lost}
-            lost_kernel.close()
-            self._feed.abandon_all("interrupted")
-            self.kernel = fresh
-            fresh.on_disconnected = self._lost
-            self._ledger.append("kernel_restarted", reason="by another client", lost_names=lost)
-            self._ready.set()
+        try:
+            async with self._changing:
+                if self.kernel is lost_kernel and fresh is None:
+                    # Nobody reaches it any more: whatever still runs in there, it is as good as dead.
+                    if self._mourner is not None:
+                        self._mourner.cancel()
+                    await self._bury(KernelDeath(cause="unresponsive", message="the kernel closed its sockets"))
+                elif self.kernel is lost_kernel and fresh is not None:
+                    for cell in self._feed.cells.values():
+                        self._ledger.notes[cell.msg_id] = {"state_preserved": False, "lost_names": lost}
+                    lost_kernel.close()
+                    self._feed.abandon_all("interrupted")
+                    self.kernel, fresh = fresh, None
+                    self.kernel.on_disconnected = self._lost
+                    self._ledger.append("kernel_restarted", reason="by another client", lost_names=lost)
+                    self._ready.set()
+        finally:
+            if fresh is not None:
+                fresh.close()

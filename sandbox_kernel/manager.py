@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets as random
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,7 +15,7 @@ from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.assembly import Opening
 from sandbox_kernel.datasets import FetchDataset
 from sandbox_kernel.directory import SessionDirectory, SessionLock, check_session_id
-from sandbox_kernel.errors import SandboxError, SessionClosed, SessionNotFound
+from sandbox_kernel.errors import SessionClosed, SessionNotFound
 from sandbox_kernel.events import SessionInfo
 from sandbox_kernel.gc import collect
 from sandbox_kernel.masking import check_secrets
@@ -25,6 +26,8 @@ from sandbox_kernel.provisioning.survey import Survivor, survivors
 from sandbox_kernel.session import Session
 from sandbox_kernel.settings import SessionStorage, Settings
 from sandbox_kernel.snapshot import read_metadata
+
+log = logging.getLogger(__name__)
 
 Listing = list[SessionInfo]  # in the class, `list` is its method
 Lines = list[str]
@@ -122,29 +125,31 @@ class SessionManager:
         """
         session_id = check_session_id(f"session-{random.token_hex(4)}" if session_id is None else session_id)
         check_secrets(secrets or {})
-        async with self._opening.setdefault(session_id, asyncio.Lock()):
-            self._check_open()
-            held = self._held(session_id)
-            if held is not None:
-                return held
-            session = await open_session(await self._how(session_id, secrets or {}, attach_only=False))
-            self._sessions[session_id] = session
-            return session
+        return await self._opened(session_id, secrets or {}, attach_only=False)
 
     async def get(self, session_id: str) -> Session:
         """The living session of that id: held here, or left alive by a process that is gone.
 
         Raises SessionNotFound when there is none (start() begins one), SessionHeld when another process has it.
         """
-        check_session_id(session_id)
+        return await self._opened(check_session_id(session_id), {}, attach_only=True)
+
+    async def _opened(self, session_id: str, secrets: Mapping[str, str], *, attach_only: bool) -> Session:
         async with self._opening.setdefault(session_id, asyncio.Lock()):
             self._check_open()
             held = self._held(session_id)
             if held is not None:
                 return held
-            session = await open_session(await self._how(session_id, {}, attach_only=True))
+            if session_id in self._sessions:
+                with suppress(Exception):  # who stops it is told; it has its lock until then
+                    await self._sessions[session_id].stop()
+            session = await open_session(await self._how(session_id, secrets, attach_only=attach_only))
             self._sessions[session_id] = session
             return session
+
+    def _forget(self, session: Session) -> None:
+        if self._sessions.get(session.id) is session:
+            del self._sessions[session.id]
 
     def _held(self, session_id: str) -> Session | None:
         session = self._sessions.get(session_id)
@@ -176,7 +181,7 @@ class SessionManager:
                     return
                 raise
         await session.stop()
-        self._sessions.pop(session_id, None)
+        self._forget(session)
 
     async def list(self) -> Listing:
         """Every session that is alive or recorded in ``sessions_root``, by id."""
@@ -233,14 +238,14 @@ class SessionManager:
         """Stop sessions that nobody has used for ``idle_timeout_s``."""
         loop = asyncio.get_running_loop()
         while True:
-            now = loop.time()
-            due = [
-                session for session in self.sessions.values() if not session.busy and now - session.last_used >= idle_s
-            ]
-            for session in due:
-                with suppress(SandboxError):
-                    await session.stop(reason="idle")
-                self._sessions.pop(session.id, None)
+            for session in self.sessions.values():
+                # Asked when its turn has come: stopping the one before took a while.
+                if session.status == "running" and not session.busy and loop.time() - session.last_used >= idle_s:
+                    try:
+                        await session.stop(reason="idle")
+                    except Exception as exc:  # the others are stopped all the same
+                        log.warning("session %s, which is idle, cannot be stopped: %s", session.id, exc)
+                    self._forget(session)
             ages = [idle_s - (loop.time() - session.last_used) for session in self.sessions.values()]
             await asyncio.sleep(max(0.05, min([idle_s, *ages])))
 

@@ -22,6 +22,7 @@ from sandbox_kernel.ledger import Ledger
 from sandbox_kernel.masking import masker
 from sandbox_kernel.pool import Spare
 from sandbox_kernel.provisioning import orphans
+from sandbox_kernel.provisioning.base import finished
 from sandbox_kernel.provisioning.container import ContainerSpec
 from sandbox_kernel.provisioning.runtime import RuntimeDirectory, kernel_ids
 from sandbox_kernel.provisioning.survey import lock_path, survivor_of
@@ -69,7 +70,7 @@ async def _open_bind(session: Session, opening: Opening, stack: AsyncExitStack) 
         opening = replace(opening, settings=settings, secrets={**known, **opening.secrets})
     elif kernel_id:
         # A process died while it started the session: no cell can have run.
-        await asyncio.to_thread(
+        await finished(
             orphans.clear, ContainerSpec(settings, kernel_id, opening.session_id, root=settings.sessions_root)
         )
         recorder.update_metadata(stopped_at=timestamp())
@@ -77,7 +78,7 @@ async def _open_bind(session: Session, opening: Opening, stack: AsyncExitStack) 
         raise not_found(opening)
     spare = None if alive else await _claim(opening, stack, directory)
     ledger = Ledger(opening.session_id, recorder, opening.store, masker(opening.secrets))
-    if alive:
+    if alive or kernel_id:  # a process died: what it was about to take is given back
         await asyncio.to_thread(opening.store.recover)
     log_unlogged(ledger, opening.store)
     observer = Observer(
@@ -140,6 +141,7 @@ async def _claim(opening: Opening, stack: AsyncExitStack, directory: SessionDire
                 spare.furnish(directory)
             except OSError as exc:
                 log.warning("session %s: its folders cannot be those of a spare (%s)", opening.session_id, exc)
+                await spare.close()
                 return None
     return spare
 

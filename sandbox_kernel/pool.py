@@ -21,7 +21,7 @@ from typing import Any
 
 from sandbox_kernel.datasets import Datasets
 from sandbox_kernel.directory import SessionDirectory, SessionLock
-from sandbox_kernel.errors import SandboxError
+from sandbox_kernel.errors import KernelStartError, SandboxError
 from sandbox_kernel.events import KernelDeath
 from sandbox_kernel.kernel import Kernel
 from sandbox_kernel.launched import answered
@@ -187,10 +187,25 @@ class Pool:
             client_session = random.token_hex(8)
             kernel = Kernel(await host.launch(), client_session=client_session)
             dead = await answered(host, kernel, None, timeout=settings.start_timeout_s)
-            # A kernel's first cell takes several times as long as the next; a silent one is no cell of the session's.
-            await kernel.request("shell", "execute_request", {"code": "None", "silent": True, "store_history": False})
+            undo.callback(kernel.close)
+            undo.callback(dead.cancel)
+            await self._warmed(kernel, dead)
             undo.pop_all()
             return Spare(host, kernel, client_session, dead, folder)
+
+    async def _warmed(self, kernel: Kernel, dead: asyncio.Future[KernelDeath]) -> None:
+        """Run a kernel's first cell, which takes several times as long as the next; a silent one is no session's."""
+        content = {"code": "None", "silent": True, "store_history": False}
+        answer = asyncio.ensure_future(kernel.request("shell", "execute_request", content))
+        try:
+            limit = self._settings.start_timeout_s
+            await asyncio.wait((answer, dead), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                why = f"it died: {dead.result().message}" if dead.done() else f"it ran nothing within {limit:g} s"
+                raise KernelStartError(f"a spare kernel is of no use: {why}")
+            await answer
+        finally:
+            answer.cancel()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name="pool")

@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import Any
 
 from sandbox_kernel.artifacts.store import ArtifactStore
-from sandbox_kernel.errors import RecordError
+from sandbox_kernel.errors import KernelGone, RecordError
 from sandbox_kernel.events import KernelDeath, utc_now
 from sandbox_kernel.feed import REPLY_GRACE_S, Cell, Feed, origin_of
 from sandbox_kernel.ledger import Ledger
@@ -103,7 +103,7 @@ class Takeover:
             if cell.adopted:
                 self._resume(cell, lifecycle)
         if self._feed.cells:
-            lifecycle.spawn(self._settle(lifecycle))
+            lifecycle.tasks.spawn(self._settle(lifecycle))
 
     def _resume(self, cell: Cell, lifecycle: Lifecycle) -> None:
         if cell.idle:
@@ -121,7 +121,7 @@ class Takeover:
         kernel = lifecycle.kernel
         if kernel is None:
             return
-        with suppress(asyncio.CancelledError):
+        with suppress(KernelGone):
             await kernel.caught_up()
         if lifecycle.kernel is not kernel:
             return  # it was replaced, which ended its cells
@@ -223,7 +223,7 @@ def _by_cell(lines: list[Entry]) -> Journal:
 
 
 def _spawn(lifecycle: Lifecycle, work: Any) -> None:
-    lifecycle.spawn(work)
+    lifecycle.tasks.spawn(work)
 
 
 def _learn(cell: Cell, entry: Entry) -> None:

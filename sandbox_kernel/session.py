@@ -52,6 +52,7 @@ class Session:
         self.store = store
         self._stack = AsyncExitStack()
         self._closed = False
+        self._leaving: asyncio.Task[None] | None = None
         self.opened = False
         """It was put together: what fails before that leaves nothing behind."""
         self._keep_alive = False
@@ -259,7 +260,8 @@ class Session:
 
     async def stop(self, *, reason: str | None = None) -> None:
         """Stop the session: end its kernel, ingest what lies in ``artifacts/``, close the record. Twice is once."""
-        self._reason = reason
+        if self._leaving is None:
+            self._reason = reason
         await self._leave()
 
     async def detach(self) -> None:
@@ -271,9 +273,11 @@ class Session:
         await self._leave()
 
     async def _leave(self) -> None:
-        if not self._closed:
+        if self._leaving is None:
             self._closed = True
-            await self._stack.aclose()
+            self._leaving = asyncio.create_task(self._stack.aclose(), name=f"end of {self.id}")
+        # Also for who comes later, and to its end when a caller goes away: half of it would leave cells without a line.
+        await asyncio.shield(self._leaving)
 
     def spare_kernel(self, yes: bool) -> None:
         """Whether leaving lets go of the kernel, as :meth:`detach` does: an attempt to take it over must not end it."""
@@ -287,7 +291,7 @@ class Session:
     async def end_kernel(self) -> None:
         """The first step of leaving: end the kernel, or let go of it."""
         if self._keep_alive:
-            self._lifecycle.detach()
+            await self._lifecycle.detach()
             return
         # Out of a container's memory artifacts can be fetched only while it lives; from a folder once nobody writes.
         in_memory = self._workspace.path is None

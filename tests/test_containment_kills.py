@@ -36,6 +36,9 @@ KILLS = {
     "exit in a thread": "import threading, os, time\nthreading.Thread(target=os._exit, args=(9,)).start()\ntime.sleep(30)",
 }
 
+DEADLY = ("everything", "the supervisor")
+"""The kernel itself dies of its parent's death, perhaps after it has answered."""
+
 
 @pytest.mark.parametrize("what", KILLS)
 async def test_whatever_it_kills_the_caller_is_back(victim: Session, what: str) -> None:
@@ -44,10 +47,10 @@ async def test_whatever_it_kills_the_caller_is_back(victim: Session, what: str) 
     result = await victim.execute(KILLS[what], timeout=2)
     took = time.monotonic() - began
     assert result.status in ("timeout", "kernel_died", "error", "ok", "interrupted"), result
-    # The timeout, the grace, 1 s as promised, and 6 s for a machine on which other tests run (1 to 2 s when idle).
-    assert took < 2 + 1 + 1 + 6, took
+    # The timeout, the grace, 1 s as promised, and half of that again for a machine on which other tests run.
+    assert took < 2 + 1 + 1 + 0.5, took
     began = time.monotonic()
-    if result.status == "ok":
+    if result.status == "ok" and what in DEADLY:
         # It said so before its parent's death reached it: a cell until then may be the one that dies of it.
         await until(lambda: len(events(victim, "kernel_died")) > deaths)
     await usable(victim)
