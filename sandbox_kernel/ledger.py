@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.errors import ArtifactError, RecordError, SandboxError, SessionClosed
 from sandbox_kernel.events import Artifact, ArtifactCreated, ExecutionResult, Finished, timestamp
-from sandbox_kernel.feed import Cell
+from sandbox_kernel.feed import OWN_ORIGIN, Cell
 from sandbox_kernel.outputs import Output, for_log
 from sandbox_kernel.record import NoRecorder, Recorder
 
@@ -247,6 +247,23 @@ class Ledger:
         if loop.time() - self._written >= METADATA_EVERY_S:
             self._written = loop.time()
             loop.call_later(METADATA_AFTER_S, self.recorder.sync)
+
+    def close_books(self) -> None:
+        """No cell is sent any more. Who was accepted and has no line was swept out of the kernel's queue by another
+        client's failing cell, and its caller did not send it again.
+        """
+        for cell in self.recorder.pending():
+            line: dict[str, Any] = {
+                "stderr": "",
+                "status": "aborted",
+                "error": None,
+                "origin": OWN_ORIGIN,
+                "started_at": cell.timestamp,
+                "duration_s": 0.0,
+                "outputs": [],
+            }
+            with suppress(RecordError):  # it stands in .pending for who opens the session next
+                self.write(cell.msg_id, **line)
 
     def line(self, result: ExecutionResult, lost: list[str]) -> dict[str, Any]:
         """The fields of a ``code_execution`` line; ``lost``: what of its output could not be kept, and why."""

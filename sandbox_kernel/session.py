@@ -15,7 +15,7 @@ from typing import BinaryIO, Literal
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.cell_queue import CellQueue
 from sandbox_kernel.datasets import Datasets
-from sandbox_kernel.errors import ArtifactNotFound, SessionClosed
+from sandbox_kernel.errors import ArtifactError, ArtifactNotFound, SessionClosed
 from sandbox_kernel.events import (
     Artifact,
     CellEvent,
@@ -302,7 +302,11 @@ class Session:
         if self._keep_alive:
             return
         if self._workspace.path is not None and self._ledger.watch is not None:
-            await self._ledger.watch.drain()
+            try:
+                await self._ledger.watch.drain()
+            except ArtifactError as exc:  # they stay where they are
+                self._ledger.append("artifact_refused", path=".", reason=str(exc))
+        self._ledger.close_books()
         if self.opened:  # what never started is not said to have stopped
             more = {} if self._reason is None else {"reason": self._reason}
             self._recorder.stopped(self._recorder.metadata.get("container_id"), **more)

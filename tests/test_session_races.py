@@ -15,9 +15,10 @@ from typing import Any
 import docker
 import pytest
 from attacked import attacked, events, folder, until, usable
+from jupyter_client.asynchronous.client import AsyncKernelClient
 
 from sandbox_kernel import SessionManager, Settings
-from sandbox_kernel.errors import RecordFull, SandboxError, SessionClosed
+from sandbox_kernel.errors import EngineUnavailable, RecordFull, SandboxError, SessionClosed
 from sandbox_kernel.provisioning.container import root_hash
 from sandbox_kernel.session import Session
 
@@ -150,6 +151,38 @@ async def test_a_full_disk_while_the_next_kernel_starts(tmp_path: Path, engine: 
         assert left(engine, disk / "sessions") == []
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+async def test_a_cell_that_was_swept_away_and_not_sent_again_has_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with attacked(tmp_path) as session:
+        ready, asked = session._lifecycle.ready, 0
+
+        async def once() -> Any:
+            nonlocal asked
+            asked += 1
+            if asked > 1:
+                raise EngineUnavailable("no engine any more")
+            return await ready()
+
+        client = AsyncKernelClient()
+        client.load_connection_file(str(session.connection_file))
+        client.start_channels()
+        try:
+            await client.wait_for_ready(timeout=20)
+            client.execute("import time; time.sleep(0.5); 1/0")
+            await running(session)
+            monkeypatch.setattr(session._lifecycle, "ready", once)
+            with pytest.raises(EngineUnavailable):
+                await session.execute("'swept'")
+        finally:
+            client.stop_channels()
+        await session.stop()
+        (line,) = [line for line in events(session, "code_execution") if line["code"] == "'swept'"]
+        assert line["status"] == "aborted"
+        assert (folder(session) / ".pending").read_bytes() == b""
+    assert events(session)[-1]["event"] == "session_stopped"
 
 
 # --- the manager ------------------------------------------------------------------------------
