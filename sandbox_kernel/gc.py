@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sandbox_kernel.directory import SessionLock
-from sandbox_kernel.errors import EngineError, SessionHeld, SessionNotFound
+from sandbox_kernel.errors import EngineError, SandboxError, SessionHeld, SessionNotFound
 from sandbox_kernel.pool import FOLDER
 from sandbox_kernel.provisioning import egress, local, orphans
 from sandbox_kernel.provisioning.engine import Engine
@@ -50,8 +50,15 @@ async def collect(manager: SessionManager, *, everything: bool) -> list[str]:
         if left.kept and not everything:
             continue
         async with type(manager)(left.settings) as other:
-            with suppress(SessionHeld, SessionNotFound):
+            try:
                 await other.stop(session_id)
+            except SessionHeld:
+                continue  # by a process that took it up meanwhile
+            except SessionNotFound:
+                pass  # its container was gone; what was left of it is removed
+            except SandboxError as exc:  # the others are cleaned up all the same
+                removed.append(f"session {session_id}: NOT stopped: {exc}")
+                continue
         removed.append(f"session {session_id}: stopped, its container removed")
     if settings.engine != "local":
         removed += await _remains(manager, everything=everything)

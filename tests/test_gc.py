@@ -156,3 +156,15 @@ async def test_what_is_kept_on_purpose_is_kept_in_every_storage(tmp_path: Path, 
         session = await second.get("kept")
         assert (await session.execute("x")).result == "1"
         await second.stop("kept")
+
+
+async def test_a_session_that_cannot_be_stopped_keeps_nothing_else(tmp_path: Path, engine: docker.DockerClient) -> None:
+    await killed(started, tmp_path)
+    broken = tmp_path / "a-broken"
+    broken.mkdir()
+    (broken / "session_metadata.json").write_text('{"client_session": "x", "container_id": "gone"}')
+    (broken / "session.log").mkdir()
+    async with SessionManager(Settings(sessions_root=tmp_path)) as manager:
+        lines = await manager.gc()
+        assert any("a-broken: NOT stopped" in line and "session.log" in line for line in lines), lines
+        assert containers(engine, tmp_path) == []
