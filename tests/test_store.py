@@ -367,7 +367,7 @@ def test_check_finds_and_mends(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
     assert [p.kind for p in bench.store.check()] == ["missing"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "middle"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "removed", "cut off", "garbage", "middle"])
 def test_a_corrupt_catalog_is_moved_aside_and_made_anew_from_the_logs(tmp_path: Path, damage: str) -> None:
     bench = Bench(tmp_path)
     for number in range(300):
@@ -390,6 +390,14 @@ def test_a_corrupt_catalog_is_moved_aside_and_made_anew_from_the_logs(tmp_path: 
     data = bytearray(path.read_bytes())
     if damage == "truncated":
         path.write_bytes(data[:5000])
+    elif damage == "emptied":
+        path.write_bytes(b"")
+    elif damage == "removed":
+        path.unlink()
+    elif damage == "cut off":  # the process that made it anew was killed
+        path.rename(path.with_name("store.sqlite.corrupt-1"))
+        path.with_name("store.sqlite.new").write_bytes(data[:5000])
+        (tmp_path / "s" / "session.log").unlink()
     elif damage == "garbage":
         path.write_bytes(b"not a database" * 1000)
     else:
@@ -401,7 +409,8 @@ def test_a_corrupt_catalog_is_moved_aside_and_made_anew_from_the_logs(tmp_path: 
     assert bench.store.read(made[7].id) == made[7].path.encode()
     assert bench.store.usage("s") == sum(a.size_bytes for a in made)
     assert bench.store.check() == []
-    assert len(list(bench.store_root.glob("store.sqlite.corrupt-*"))) >= 1
+    assert len(list(bench.store_root.glob("store.sqlite.corrupt-*"))) >= (damage != "removed")
+    assert not list(bench.store_root.glob("store.sqlite.new*"))
     bench.store.close()
     os.close(bench.fd)
 

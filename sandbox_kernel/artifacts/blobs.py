@@ -146,6 +146,7 @@ class BlobFolder:
                 continue
             if sha256[:2] not in self._prefixes:
                 (self.blobs / sha256[:2]).mkdir(mode=0o700, exist_ok=True)
+                self._sync([(self._prefix, None)])  # the folder's own name is on the disk before a blob's
                 self._prefixes.add(sha256[:2])
             os.rename(name, self._name(sha256), src_dir_fd=self.tmp_fd)
         self._sync([(str(self.blobs / prefix), None) for prefix in {sha256[:2] for _, sha256 in files}])

@@ -16,6 +16,7 @@ from sandbox_kernel.artifacts.blobs import BlobFolder
 from sandbox_kernel.artifacts.catalog import Catalog, salvage, set_aside
 from sandbox_kernel.events import BLOB_MIME, Artifact
 
+CATALOG = "store.sqlite"
 ORPHAN_AGE_S = 600.0
 """A younger blob without a row may belong to an ingest that is under way in another process."""
 
@@ -42,7 +43,6 @@ def check_store(blobs: BlobFolder, catalog: Catalog, *, repair: bool) -> Iterato
     for path in blobs.all():
         name = path.name
         try:
-            status = path.stat()
             with path.open("rb") as file:
                 sound = hashlib.file_digest(file, "sha256").hexdigest() == name
         except OSError as exc:
@@ -54,8 +54,8 @@ def check_store(blobs: BlobFolder, catalog: Catalog, *, repair: bool) -> Iterato
         elif name in known:
             seen.add(name)
             continue
-        elif time.time() - status.st_ctime < ORPHAN_AGE_S:
-            continue
+        elif time.time() - path.stat().st_ctime < ORPHAN_AGE_S:
+            continue  # asked now: reading it took a while, and an ingest that finds it there renews the time
         else:
             yield Problem("orphan", str(path), "no artifact and no picture refers to it", repair)
         if repair:
@@ -66,9 +66,15 @@ def check_store(blobs: BlobFolder, catalog: Catalog, *, repair: bool) -> Iterato
 
 
 def open_catalog(root: Path) -> Catalog:
-    """The catalog of the store at ``root``, made anew when it is corrupt. Raises sqlite3.OperationalError, OSError."""
+    """The catalog of the store at ``root``, made anew when it is corrupt, or gone from a store that has blobs.
+
+    Raises sqlite3.OperationalError, OSError.
+    """
+    path = root / CATALOG
+    if not (path.exists() and path.stat().st_size) and any((root / "blobs").glob("*/*")):
+        return rebuilt_catalog(root)
     try:
-        return Catalog(root / "store.sqlite")
+        return Catalog(path)
     except sqlite3.OperationalError:
         raise  # a full or read-only disk, not a corrupt file
     except sqlite3.DatabaseError:
@@ -76,15 +82,27 @@ def open_catalog(root: Path) -> Catalog:
 
 
 def rebuilt_catalog(root: Path) -> Catalog:
-    """A new catalog from what the corrupt one still says, and from the logs of the sessions beside the store."""
-    aside = set_aside(root / "store.sqlite")
-    catalog = Catalog(root / "store.sqlite")
-    catalog.restore(salvage(aside))
-    for artifacts, pictures in logged_artifacts(root.parent):
-        catalog.restore(artifacts)
-        for sha256, size in pictures:
-            catalog.add_picture(sha256, size)
-    return catalog
+    """A new catalog from what the corrupt one still says, and from the logs of the sessions beside the store.
+
+    It gets its name once it is whole: who dies before leaves it to the next one to begin anew.
+    """
+    path, fresh = root / CATALOG, root / f"{CATALOG}.new"
+    for left in root.glob(f"{fresh.name}*"):
+        left.unlink()
+    catalog = Catalog(fresh)
+    try:
+        for known in (path, *sorted(root.glob(f"{CATALOG}.corrupt-*[0-9]"))):
+            if known.exists():
+                catalog.restore(salvage(known))
+        for artifacts, pictures in logged_artifacts(root.parent):
+            catalog.restore(artifacts)
+            for sha256, size in pictures:
+                catalog.add_picture(sha256, size)
+    finally:
+        catalog.close()
+    set_aside(path)
+    fresh.rename(path)
+    return Catalog(path)
 
 
 def logged_artifacts(sessions_root: Path) -> Iterator[tuple[list[Artifact], list[tuple[str, int]]]]:
