@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from sandbox_kernel.artifacts.observer import Observer
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.directory import SessionDirectory
 from sandbox_kernel.events import Artifact
-from sandbox_kernel.untrusted import Refusal
+from sandbox_kernel.untrusted import Found, Refusal, scan_untrusted
 
 KERNEL = 1000 if os.geteuid() == 0 else os.geteuid()
 
@@ -226,6 +227,30 @@ async def test_the_next_cell_keeps_its_files_while_the_last_is_closed(bench: Ben
     assert [(a.path, a.execution_count) for a in await bench.observer.cell_finished("m1")] == [("old", 1)]
     assert bench.files() == ["new"]
     assert [(a.path, a.execution_count) for a in await bench.observer.cell_finished("m2")] == [("new", 2)]
+
+
+async def test_a_cell_that_begins_while_the_last_is_closed_keeps_its_files(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept, begun = threading.Event(), threading.Event()
+
+    def slowly(*args: Any, **kwargs: Any) -> Iterator[Found | Refusal]:
+        swept.set()
+        assert begun.wait(5)
+        yield from scan_untrusted(*args, **kwargs)
+
+    bench.observer.cell_started("m1", 1)
+    bench.write("of-1", "1")
+    await asyncio.sleep(0.3)  # more than the host's lateness
+    monkeypatch.setattr("sandbox_kernel.artifacts.observer.scan_untrusted", slowly)
+    closing = asyncio.create_task(bench.observer.cell_finished("m1"))
+    await bench.until(swept.is_set)
+    bench.observer.cell_started("m2", 2)
+    bench.write("of-2", "2")
+    begun.set()
+    assert [artifact.path for artifact in await closing] == ["of-1"]
+    assert bench.files() == ["of-2"]
+    assert [artifact.path for artifact in await bench.observer.cell_finished("m2")] == ["of-2"]
 
 
 async def test_what_lies_there_before_is_ingested(tmp_path: Path, store: ArtifactStore) -> None:

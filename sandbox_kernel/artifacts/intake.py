@@ -138,8 +138,8 @@ def take(
         return Refusal(found.path, store_reason(exc), found.status.st_size, identity)
     try:
         status = os.fstat(fd)
-        if status.st_size > found.status.st_size:
-            return None  # grown since its size was allowed
+        if file_identity(status) != identity:
+            return None  # changed since it was found, by somebody who runs on: it is seen again when it is closed
         if adopted(status):
             return _finish(blobs, fd, found.path, status)
         writing = open_for_writing(fd)

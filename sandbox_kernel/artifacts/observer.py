@@ -196,8 +196,7 @@ class Observer:
                 continue
             try:
                 async with self._lock:
-                    cell, ended = self._cell, not self._running
-                    await _in_thread(lambda: self._take_early(cell, due, look, ended))  # noqa: B023 (awaited here)
+                    await _in_thread(lambda: self._take_early(self._cell, due, look))  # noqa: B023 (awaited here)
             except ArtifactError as exc:
                 _log.warning("session %s: %s", self.session_id, exc)
 
@@ -221,7 +220,7 @@ class Observer:
 
     # -- in a thread, under the lock -------------------------------------------------------
 
-    def _take_early(self, cell: _Cell, due: Sequence[bytes], look: bool, ended: bool) -> None:
+    def _take_early(self, cell: _Cell, due: Sequence[bytes], look: bool) -> None:
         if look:
             now = time.monotonic()
             for item in scan_untrusted(self._fd, on_folder=self._watch.add):
@@ -242,24 +241,33 @@ class Observer:
         for batch in batches(found):
             if self._sweeps:
                 break
+            ended = not self._running and cell is self._cell  # asked anew: the next one may have begun
             refused += self._ingest(batch, cell, ended=ended, give_up=lambda: self._sweeps > 0)
         self._tell(refused)
 
     async def _sweep(self, cell: _Cell, *, force: bool = False) -> list[Artifact]:
         self._sweeps += 1  # what is being taken early gives way: the sweep takes it, and more quickly
-        async with self._lock:
+        try:
+            await self._lock.acquire()
+        finally:
             self._sweeps -= 1
-            following = self._cell if self._running and cell is not self._cell else None
+        try:
             before = time.monotonic()
             self._look = False
             made: list[Artifact] = []
-            await _in_thread(lambda: self._take_all(cell, following, force, made))
+            await _in_thread(lambda: self._take_all(cell, force, made))
             for path, closed in list(self._dirty.items()):
-                if closed < before and following is None:
+                if closed < before and self._following(cell) is None:
                     self._dirty.pop(path, None)
             return made
+        finally:
+            self._lock.release()
 
-    def _take_all(self, cell: _Cell, following: _Cell | None, force: bool, made: list[Artifact]) -> None:
+    def _following(self, cell: _Cell) -> _Cell | None:
+        """The cell that runs now, where it is another one; it may begin while a sweep is under way."""
+        return self._cell if self._running and cell is not self._cell else None
+
+    def _take_all(self, cell: _Cell, force: bool, made: list[Artifact]) -> None:
         refused: list[Refusal] = []
 
         def files(ended: bool) -> Iterator[Found]:
@@ -269,6 +277,7 @@ class Observer:
                     if ended:
                         refused.append(item)
                     continue
+                following = self._following(cell)
                 if following is not None:
                     written = item.status.st_ctime
                     old = written < following.started - NEXT_CELL_S
@@ -278,7 +287,7 @@ class Observer:
 
         for batch in batches(files(True)):
             refused += self._ingest(batch, cell, ended=True, force=force, made=made)
-        if following is not None:
+        if self._following(cell) is not None:
             for batch in batches(files(False)):
                 refused += self._ingest(batch, cell, ended=False, made=made)
         self._tell(refused, all_of_them=True)
