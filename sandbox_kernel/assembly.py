@@ -186,8 +186,10 @@ async def _attached(
     except EngineUnavailable:
         raise
     except (EngineError, KernelStartError, ConnectionFileError) as exc:
-        session.spare_kernel(False)
         death = await asyncio.to_thread(orphans.last_words, spec, container_id, str(exc))
+        if isinstance(exc, EngineError) and death.cause == "unresponsive":
+            raise  # the engine failed, not the kernel: it may live, with all its variables
+        session.spare_kernel(False)
         await host.remove()
         await finished(orphans.clear, spec)
         await takeover.bury(death)

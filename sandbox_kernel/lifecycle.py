@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from sandbox_kernel.errors import EngineError, KernelGone, KernelStartError, SandboxError
+from sandbox_kernel.errors import KernelGone, KernelStartError, SandboxError
 from sandbox_kernel.events import KernelDeath, Status
 from sandbox_kernel.feed import Cell, Feed
 from sandbox_kernel.kernel import Kernel, SocketReplaced
@@ -77,8 +77,8 @@ class Lifecycle:
     async def attach(self, container_id: str) -> None:
         """Take over the living kernel of a process that died; one that is just being restarted is waited for.
 
-        Raises EngineError when it is gone, ConnectionFileError when its keys are, KernelStartError when it does not
-        answer within ``start_timeout_s``.
+        Raises EngineError when it is gone, ConnectionFileError when its keys are, KernelStartError when it dies or does
+        not answer within ``start_timeout_s``.
         """
         info = await self.provisioner.attach(container_id)
         loop = asyncio.get_running_loop()
@@ -86,10 +86,8 @@ class Lifecycle:
         while True:
             try:
                 return await self._connect(info, fresh=False, timeout=REJOIN_S)
-            except DiedAtStart as exc:
-                raise EngineError(str(exc)) from exc
             except KernelStartError as exc:
-                if isinstance(exc, SocketReplaced) or loop.time() > deadline:
+                if isinstance(exc, DiedAtStart | SocketReplaced) or loop.time() > deadline:
                     raise
                 await asyncio.sleep(0.02)  # until the fresh kernel's sockets are there
 

@@ -1,9 +1,10 @@
-"""The engine's events break off: what dies meanwhile and afterwards is told all the same."""
+"""The line to the engine breaks, or it answers with an error: no death is missed, and no kernel is given up."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,8 @@ import docker
 import pytest
 from kernels import provisioner, spec
 
+from sandbox_kernel import SessionManager, Settings
+from sandbox_kernel.errors import EngineError
 from sandbox_kernel.provisioning.engine import Engine
 from sandbox_kernel.provisioning.watch import Watcher
 
@@ -26,6 +29,8 @@ class Line:
     def __init__(self) -> None:
         self.events: list[asyncio.StreamWriter] = []
         """To the clients that listen to events."""
+        self.failing = False
+        """The engine cannot tell of any container."""
         self.tasks: set[asyncio.Task[None]] = set()
 
     async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -40,6 +45,12 @@ class Line:
             while data := await reader.read(65536):
                 if back is not None and b"/events?" in data.split(b"\r\n")[0]:
                     self.events.append(back)
+                if back is not None and self.failing and re.match(rb"GET /v[\d.]+/containers/\w+/json ", data):
+                    back.write(
+                        b"HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\n"
+                        b'Content-Length: 21\r\n\r\n{"message":"no luck"}'
+                    )
+                    continue
                 writer.write(data)
                 await writer.drain()
         writer.close()
@@ -86,3 +97,18 @@ async def test_a_death_is_told_after_the_events_broke_off(
             assert (found.cause, found.signal) == ("signal", "SIGKILL")
         finally:
             await host.remove()
+
+
+async def test_an_engine_that_fails_costs_no_kernel_its_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(sessions_root=tmp_path / "s")
+    async with SessionManager(settings) as manager:
+        session = await manager.start("kept")
+        await session.execute("x = 'still here'")
+        await session.detach()
+    async with line_to_the_engine(tmp_path / "d.sock", monkeypatch) as line, SessionManager(settings) as manager:
+        await asyncio.to_thread(Engine.shared)
+        line.failing = True
+        with pytest.raises(EngineError, match="no luck"):
+            await manager.get("kept")
+        line.failing = False
+        assert (await (await manager.get("kept")).execute("x")).result == "'still here'"
