@@ -192,3 +192,15 @@ async def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="XDG_RUNTIME_DIR"):
         await provisioner(wanted).launch()
     assert not (runtime_base() / wanted.kernel_id).exists()
+
+
+async def test_a_runtime_folder_that_cannot_be_made_is_named(tmp_path: Path, engine: docker.DockerClient) -> None:
+    wanted = spec(tmp_path)
+    in_the_way = runtime_base() / wanted.kernel_id
+    in_the_way.write_text("")
+    try:
+        with pytest.raises(EngineError, match=wanted.kernel_id):
+            await provisioner(wanted).launch()
+    finally:
+        in_the_way.unlink(missing_ok=True)
+    everything_gone(engine, wanted)

@@ -365,6 +365,25 @@ def test_corrupt_metadata_are_moved_aside_and_rebuilt(directory: SessionDirector
     assert verify(directory.path).intact
 
 
+def test_what_is_in_flight_is_on_the_disk_within_a_second(
+    directory: SessionDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+    sync, both = os.fdatasync, threading.Event()
+
+    def seen(descriptor: int) -> None:
+        sync(descriptor)
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        if synced == {"session.log", ".pending"}:
+            both.set()
+
+    monkeypatch.setattr(os, "fdatasync", seen)
+    with Recorder.open(directory) as record:
+        record.started("abc", None)
+        record.accept("m1", "1")
+        assert both.wait(1), synced
+
+
 def test_fsync_durability_and_the_tmpfs_face(directory: SessionDirectory) -> None:
     with Recorder.open(directory, durability="fsync") as record:
         record.accept("m1", "1")

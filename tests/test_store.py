@@ -13,6 +13,7 @@ import signal
 import sqlite3
 import stat
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -413,6 +414,31 @@ def test_a_corrupt_catalog_is_moved_aside_and_made_anew_from_the_logs(tmp_path: 
     assert not list(bench.store_root.glob("store.sqlite.new*"))
     bench.store.close()
     os.close(bench.fd)
+
+
+_FORKS = """
+import os, sys, time
+from sandbox_kernel.artifacts.store import ArtifactStore
+store = ArtifactStore.open(sys.argv[1])
+name, _ = store.blobs.create()
+if os.fork() == 0:
+    os.close(1)
+    sys.stdin.read()
+    os._exit(0)
+print("forked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_dead_process_s_child_keeps_nothing_of_its_room(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _FORKS, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"forked\n"
+        process.kill()
+        process.wait()
+        with ArtifactStore.open(tmp_path) as store:  # its child still lives
+            assert [room for room in (tmp_path / "tmp").iterdir() if room.is_dir()] == [store.blobs._tmp]
 
 
 def test_a_root_that_is_no_folder_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import stat
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -49,13 +50,20 @@ class BlobFolder:
             self._lock_fd = os.open(self._tmp / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
         self.tmp_fd = os.open(self._tmp, FOLDER)
+        _held.add(self)
 
     def close(self) -> None:
         """Remove this process's room in ``tmp/``."""
         with self.exclusive():
             _clear(self._tmp)
         os.close(self.tmp_fd)
-        os.close(self._lock_fd)
+        self._release()
+
+    def _release(self) -> None:
+        _held.discard(self)
+        fd, self._lock_fd = self._lock_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -178,6 +186,18 @@ class BlobFolder:
                     self.drop(name)
                 raise
         return sha256
+
+
+_held: weakref.WeakSet[BlobFolder] = weakref.WeakSet()
+
+
+def _close_after_fork() -> None:
+    # A child that outlives us must not keep our room: what lies in it would not be given back until it ends.
+    for blobs in list(_held):
+        blobs._release()
+
+
+os.register_at_fork(after_in_child=_close_after_fork)
 
 
 def _clear(folder: Path) -> None:

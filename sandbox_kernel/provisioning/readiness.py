@@ -16,6 +16,8 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
+from sandbox_kernel.errors import EngineError
+
 _IN_CREATE, _IN_DELETE, _IN_ATTRIB, _IN_MOVED_TO = 0x100, 0x200, 0x4, 0x80
 _RECONNECT_MS = 5
 
@@ -45,9 +47,11 @@ class SocketFiles:
         self._fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         mask = _IN_CREATE | _IN_DELETE | _IN_ATTRIB | _IN_MOVED_TO
         if self._fd < 0 or libc.inotify_add_watch(self._fd, os.fsencode(self._paths[0].parent), mask) < 0:
+            number = ctypes.get_errno()
             self._close()
-            raise OSError(
-                ctypes.get_errno(), "cannot watch the sockets' folder (fs.inotify.max_user_instances reached?)"
+            raise EngineError(
+                f"cannot watch {self._paths[0].parent} for the kernel's sockets: {os.strerror(number)}; "
+                "raise fs.inotify.max_user_instances, or stop a session"
             )
         asyncio.get_running_loop().add_reader(self._fd, self._read)
         return self

@@ -29,7 +29,7 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_core.paths import jupyter_runtime_dir, secure_write
 
 from sandbox_kernel.directory import replace_file, session_id_rule
-from sandbox_kernel.errors import ConnectionFileError, SettingsError
+from sandbox_kernel.errors import ConnectionFileError, EngineError, SettingsError
 
 BOOT = "/opt/sandbox-kernel"
 SOCKETS = "/run/kernel"
@@ -149,19 +149,22 @@ class RuntimeDirectory:
         }
 
     def create(self, files: Mapping[str, bytes]) -> None:
-        """Make the folders and the boot files (replaced when they are there)."""
+        """Make the folders and the boot files (replaced when they are there). Raises EngineError naming the place."""
         uid, gid = kernel_ids()
-        # Only the topmost folder is closed: below it the kernel's uid must be able to read.
-        self.path.mkdir(mode=0o700, exist_ok=True)
-        for folder, mode in ((self.boot, 0o755), (self.boot / "boot", 0o755), (self.sockets, 0o700)):
-            folder.mkdir(exist_ok=True)
-            folder.chmod(mode)
-        if os.geteuid() == 0:
-            os.chown(self.sockets, uid, gid)
-        for name, data in files.items():
-            target = self.boot / name
-            target.write_bytes(data)
-            target.chmod(0o644)
+        try:
+            # Only the topmost folder is closed: below it the kernel's uid must be able to read.
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            for folder, mode in ((self.boot, 0o755), (self.boot / "boot", 0o755), (self.sockets, 0o700)):
+                folder.mkdir(exist_ok=True)
+                folder.chmod(mode)
+            if os.geteuid() == 0:
+                os.chown(self.sockets, uid, gid)
+            for name, data in files.items():
+                target = self.boot / name
+                target.write_bytes(data)
+                target.chmod(0o644)
+        except OSError as exc:
+            raise EngineError(f"cannot make the kernel's runtime folder {self.path}: {exc.strerror}") from exc
 
     def assign(self, session_id: str) -> None:
         """Note whose kernel this has become: the labels of a spare's container cannot change."""
