@@ -267,7 +267,7 @@ class Session:
     async def detach(self) -> None:
         """Let go of the session and leave its kernel running; ``SessionManager.start`` or ``get`` takes it up again.
 
-        A running cell goes on; its line is written by whoever attaches next.
+        A running cell goes on; its line is written by whoever attaches next. Who waits for it here gets SessionClosed.
         """
         self._keep_alive = True
         await self._leave()
