@@ -321,8 +321,10 @@ def how_to_attach(target: LabTarget, *, url: str = "") -> str:
 A JupyterLab that runs already (sandbox-kernel in its environment): choose the kernel "session {target.session_id}",
   listed after: sandbox-kernel lab {target.session_id} --kernelspec
 VS Code: Select Kernel → Existing Jupyter Server, and give {server}
-Terminal: jupyter console --existing {target.connection_file.name}
-  Leave it with exit(keep_kernel=True): a plain exit, or Ctrl-D, shuts the session's kernel down.
+Terminal: jupyter console --kernel {target.kernel_name}
+  after: sandbox-kernel lab {target.session_id} --kernelspec. Its exit only detaches.
+  (jupyter console --existing {target.connection_file.name} needs a jupyter_client that hands it
+  the file's CurveZMQ keys; 8.10 does not, and it waits for ever.)
 """
 
 

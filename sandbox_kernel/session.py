@@ -37,6 +37,8 @@ STATE_WAIT_S = 2.0
 """How long ``state()`` waits for the hook to describe the last cell (it writes some milliseconds after the reply)."""
 DEFAULT: Literal["default"] = "default"
 Timeout = float | None | Literal["default"]
+Exporter = Callable[[str | os.PathLike[str], tuple[str | None, int | None]], Awaitable[Artifact]]
+"""Makes a file of the container an artifact of a cell: its msg_id and execution_count."""
 
 
 class Session:
@@ -67,7 +69,7 @@ class Session:
         self._lifecycle: Lifecycle
         self._workspace: Workspace
         self._datasets: Datasets
-        self._exporter: Callable[[str, tuple[str | None, int | None]], Awaitable[Artifact]]
+        self._exporter: Exporter
 
     def wire(
         self,
@@ -78,7 +80,7 @@ class Session:
         lifecycle: Lifecycle,
         workspace: Workspace,
         datasets: Datasets,
-        exporter: Callable[[str, tuple[str | None, int | None]], Awaitable[Artifact]],
+        exporter: Exporter,
     ) -> None:
         """Give the session its parts; called once, while it is put together."""
         self._recorder, self._ledger, self._feed = recorder, ledger, feed
@@ -118,7 +120,7 @@ class Session:
 
     @property
     def connection_file(self) -> Path:
-        """The Jupyter connection file (0600), for ``jupyter console --existing kernel-<id>.json``."""
+        """The Jupyter connection file (0600; the keys are in it), for another client's ``load_connection_file``."""
         path = self._lifecycle.provisioner.connection_file
         assert path is not None  # there is a kernel as long as there is a session
         return path
@@ -136,7 +138,8 @@ class Session:
         ``timeout``: seconds, ``None`` for no limit; default ``Settings.timeout_s``. A cell that fails, times out or
         kills its kernel is a result, not an exception. Raises TypeError for code that is no ``str``, SessionClosed
         after :meth:`stop`, KernelStartError or EngineError when there is no kernel and none can be started,
-        RecordError when the record cannot be written. Cancelling the call interrupts the cell.
+        RecordError when the record cannot be written. Cancelling the call interrupts the cell and waits for its end,
+        as long as a timeout would: ``interrupt_grace_s``, then its kernel is started anew.
         """
         result: ExecutionResult | None = None
         async with aclosing(self._run(code, timeout, events=False)) as events:
@@ -230,10 +233,11 @@ class Session:
             raise ArtifactNotFound(f"session {self.id!r} has no artifact {artifact_id!r}")
         return artifact
 
-    async def export(self, path: str) -> Artifact:
+    async def export(self, path: str | os.PathLike[str]) -> Artifact:
         """Copy a file of the container, e.g. ``/data/clean.parquet``, into the store; also while a cell runs.
 
-        Raises ArtifactNotFound when it is not there, ArtifactRefused when the store does not take it.
+        A relative path begins at ``/session``. Raises ArtifactNotFound when it is not there, ArtifactRefused when the
+        store does not take it (no regular file, too big, no room).
         """
         self._check_open()
         artifact = await self._exporter(path, self._last or (None, None))

@@ -138,7 +138,7 @@ class Session:
 
     @property
     def connection_file(self) -> Path:
-        """The Jupyter connection file, for ``jupyter console --existing``."""
+        """The Jupyter connection file, for another client's ``load_connection_file``."""
         return self._session.connection_file
 
     @property
@@ -187,7 +187,7 @@ class Session:
         """An artifact as an open binary file; the caller closes it."""
         return self._loop.call(partial(self._session.open_artifact, artifact_id))
 
-    def export(self, path: str) -> Artifact:
+    def export(self, path: str | os.PathLike[str]) -> Artifact:
         """Copy a file of the container into the store."""
         return self._loop.call(partial(self._session.export, path))
 

@@ -49,7 +49,7 @@ def test_stopping(shell: Shell) -> None:
     shell("stop", "s1", "s2")
     shell("stop", "s1")
     assert [shell.statuses()[name] for name in ("s1", "s2")] == ["stopped", "stopped"]
-    assert "no living session 'never'" in shell("stop", "never", "s1", expect=1).stderr
+    assert "no session 'never'" in shell("stop", "never", "s1", expect=1).stderr
 
 
 def test_list_is_for_people_and_programs(shell: Shell, bare: Shell) -> None:
@@ -97,5 +97,5 @@ def test_lab_serves_a_running_session(shell: Shell) -> None:
         assert re.match(rb"JupyterLab on session conv: http://127.0.0.1:\d+/lab/tree/conv.ipynb", lab.stdout.readline())
         lab.send_signal(signal.SIGINT)
         assert lab.wait(timeout=20) == 130
-        assert b"jupyter console --existing kernel-" in lab.stdout.read()
+        assert b"jupyter console --kernel sandbox-conv" in lab.stdout.read()
     assert shell("run", "-s", "conv", "-c", "x").stdout == "41\n"

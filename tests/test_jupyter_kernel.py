@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
-import select
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +18,7 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager, KernelManager
 from kernels import client_of, evaluate
 from nbformat.v4 import new_code_cell, new_notebook
+from terminal import console
 
 from sandbox_kernel.errors import SettingsError
 from sandbox_kernel.provisioning.engine import MANAGED
@@ -174,46 +172,12 @@ def test_papermill_with_parameters(tmp_path: Path) -> None:
 
 def test_jupyter_console(tmp_path: Path) -> None:
     """In a terminal of its own; `exit` ends it, and the container with it."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-m", "jupyter", "console", "--kernel", "sandbox", "--simple-prompt"])
-    try:
-        read_until(terminal, b"In [1]:")
-        os.write(terminal, b"import os; print(6 * 7, os.getcwd())\r\n")
-        read_until(terminal, b"42 /session")
-        os.write(terminal, b"exit\r\n")
-        assert exit_code(pid, terminal) == 0
-    finally:
-        try:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
-        os.close(terminal)
-
-
-def read_until(terminal: int, text: bytes, timeout: float = 60) -> None:
-    """Read until ``text`` came."""
-    seen = b""
-    deadline = time.monotonic() + timeout
-    while text not in seen:
-        ready, _, _ = select.select([terminal], [], [], max(0, deadline - time.monotonic()))
-        assert ready, f"{text!r} did not come; the terminal says {seen!r}"
-        try:
-            seen += os.read(terminal, 65536)
-        except OSError:
-            pytest.fail(f"{text!r} did not come before the end; the terminal said {seen!r}")
-
-
-def exit_code(pid: int, terminal: int) -> int:
-    """Exit code of ``pid``; what it prints is read and dropped."""
-    while True:
-        try:
-            if not os.read(terminal, 65536):
-                break
-        except OSError:
-            break
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with console("--kernel", "sandbox") as terminal:
+        terminal.read_until("In [1]:")
+        terminal.type("import os; print(6 * 7, os.getcwd())\r\n")
+        terminal.read_until("42 /session")
+        terminal.type("exit\r\n")
+        assert terminal.exit_code() == 0
 
 
 async def test_a_restart_keeps_the_connection(installed: Path, engine: docker.DockerClient) -> None:

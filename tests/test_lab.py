@@ -24,6 +24,7 @@ from jupyter_client.manager import AsyncKernelManager, KernelManager
 from kernels import client_of, spec
 from nbclient import NotebookClient
 from playwright.async_api import Browser, expect
+from terminal import console
 
 from sandbox_kernel.errors import ConnectionFileError, KernelStartError, SessionClosed
 from sandbox_kernel.lab import LabServer, LabTarget, how_to_attach, write_kernelspec, write_notebook
@@ -319,6 +320,23 @@ async def test_nbclient_attaches_and_detaches(session: Running, offered: str) ->
     assert await session.eval("from_nbclient") == "21"
 
 
+async def test_a_console_attaches_interrupts_and_detaches(session: Running, offered: str) -> None:
+    """By the kernelspec: with --existing jupyter_client gives the console no CurveZMQ keys, and it waits for ever."""
+    await session.run("shared = 20")
+
+    with console("--kernel", offered) as terminal:
+        terminal.read_until("In [")
+        terminal.type("print('begun', shared + 1); import time; time.sleep(60)\r\n")
+        terminal.read_until("begun 21")
+        terminal.interrupt()
+        terminal.read_until("KeyboardInterrupt")
+        terminal.type("from_console = 7; print('and', 'on')\r\n")
+        terminal.read_until("and on")
+        terminal.type("exit\r\n")
+        assert terminal.exit_code() == 0
+    assert await session.eval("from_console, shared") == "(7, 20)"
+
+
 @pytest.mark.parametrize("settings", [{"engine": "local"}, {"transport": "tcp"}], ids=["local", "tcp"])
 async def test_a_blocking_manager_attaches_restarts_and_detaches(
     image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
@@ -405,7 +423,6 @@ async def test_how_to_attach_names_every_way(tmp_path: Path) -> None:
     for part in (
         "session conv",
         "http://127.0.0.1:1/?token=t\n",
-        "--existing kernel-conv.json",
-        "exit(keep_kernel=True)",
+        "jupyter console --kernel sandbox-conv\n",
     ):
         assert part in text

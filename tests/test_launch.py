@@ -90,7 +90,7 @@ def test_without_the_curve_key_nobody_is_answered() -> None:
     ("code", "exit_code", "line"),
     [
         ("import os; os._exit(7)", 7, "exited with code 7"),
-        ("exit()", 0, "exited with code 0"),
+        ("import os; os._exit(0)", 0, "exited with code 0"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 137, "signal 9"),
         ("import ctypes; ctypes.string_at(0)", 139, "signal 11"),
     ],
@@ -105,9 +105,9 @@ def test_a_kernel_that_ends_by_itself_ends_the_supervisor(
     assert not alive(child)
 
 
-def test_exit_does_not_wait_for_a_thread_that_never_ends(kernel: Launched) -> None:
+def test_a_shutdown_does_not_wait_for_a_thread_that_never_ends(kernel: Launched) -> None:
     kernel.run("import threading; threading.Thread(target=threading.Event().wait).start()")
-    kernel.client.execute("exit()")
+    kernel.client.shutdown()
     assert kernel.process.wait(10) == 0
 
 

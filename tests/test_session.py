@@ -16,6 +16,7 @@ from jupyter_client.asynchronous.client import AsyncKernelClient
 from sandbox_kernel import SessionManager, SessionStorage, Settings
 from sandbox_kernel.audit import verify
 from sandbox_kernel.errors import (
+    ArtifactError,
     ArtifactNotFound,
     ImageNotFound,
     InvalidSessionId,
@@ -218,6 +219,7 @@ class TestCells:
         await shared.execute("open('/tmp/out.bin','wb').write(bytes(range(256)) * 1000)")
         artifact = await shared.export("/tmp/out.bin")
         assert artifact.kind == "export"
+        assert (await shared.export(Path("/tmp/out.bin"))).version == 2
         assert artifact.filename == "out.bin"
         assert await shared.read_artifact(artifact.id) == bytes(range(256)) * 1000
 
@@ -280,8 +282,11 @@ class TestEnds:
         assert events(shared, "kernel_restarted")
 
     async def test_exit_leaves_a_usable_session(self, shared: Session) -> None:
-        assert (await shared.execute("exit()")).status == "ok"
-        assert (await shared.execute("'still here'")).result == "'still here'"
+        await shared.execute("precious = 1")
+        for code in ("exit()", "quit", "exit(keep_kernel=True)"):
+            assert (await shared.execute(code)).status == "ok"
+            await shared.execute("import time; time.sleep(0.3)")  # ipykernel ends itself 0.1 s after the cell
+            assert (await shared.execute("precious")).result == "1"
 
     async def test_restart_forgets_the_variables(self, shared: Session) -> None:
         await shared.execute("gone = 1")
@@ -341,6 +346,8 @@ class TestSessions:
             starting = asyncio.create_task(manager.start("late"))
             await until(lambda: (tmp_path / "late").is_dir())
         assert (await starting).status == "stopped"
+        with pytest.raises(ArtifactError, match=r"read artifacts before, or with .*artifacts get"):
+            await (await starting).artifacts()
         assert events(await starting)[-1]["event"] == "session_stopped"
         for call in (manager.start("x"), manager.get("late"), manager.stop("late"), manager.list(), manager.gc()):
             with pytest.raises(SessionClosed, match="a new one"):

@@ -93,6 +93,19 @@ def test_in_a_terminal_the_same_is_there_in_colour(folder: Path, monkeypatch: py
     assert re.search(r"print\('Hello'\) +│\n│ stdout ─+ │\n│ Hello ", bare), "code and output can be told apart"
 
 
+def test_what_is_there_to_be_copied_is_in_one_piece(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    artifact = {"id": "art_0123456789abcdef", "filename": "x" * 60, "size_bytes": 5, "content_type": "text/plain" * 3}
+    with (folder / "session.log").open("a") as log:
+        log.write(json.dumps({"event": "artifacts_created", "artifacts": [artifact]}) + "\n")
+        log.write(json.dumps({"event": "session_stopped", "container_id": "c" * 64}) + "\n")
+    bare = re.sub(r"\x1b\[[0-9;]*m", "", shown(folder))
+    assert "art_0123456789abcdef" in bare.partition("ingested")[2]
+    assert re.search(r"session_stopped *\n    container_id=c{63}", bare)
+    assert max(map(len, bare.splitlines())) <= 80
+
+
 def test_what_can_be_left_out(folder: Path) -> None:
     text = shown(folder, state=False, artifacts=False, limit=2)
     assert "State" not in text

@@ -48,8 +48,13 @@ class PrettyView:
         colour = _COLOURS[item.success]
         title = Text(item.title, style=f"bold {colour}")
         if item.success is None:
-            line = Text.assemble((item.time, "dim"), "  ", title, "  ", "  ".join(item.facts))
-            self._console.print(line)
+            line = Text.assemble((item.time, "dim"), "  ", title)
+            facts = Text("  ".join(item.facts), overflow="fold")
+            if line.cell_len + 2 + facts.cell_len <= self._console.width:
+                self._console.print(line, facts, sep="  ")
+            else:
+                self._console.print(line)
+                self._console.print(Padding(facts, (0, 0, 0, 4)))
             for part in item.blocks:
                 self._console.print(Padding(self._block(part), (0, 0, 0, 4)))
             return
@@ -94,7 +99,8 @@ class PrettyView:
             return
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=title, title_justify="left")
         for name in ("id", "file", "size", "type", "cell"):
-            table.add_column(name, overflow="fold", justify="right" if name == "size" else "left")
+            # An id is there to be copied: in one piece as long as there is room.
+            table.add_column(name, overflow="fold", no_wrap=name == "id", justify="right" if name == "size" else "left")
         for row in ingested:
             table.add_row(*map(Text, row))
         self._console.print(table)

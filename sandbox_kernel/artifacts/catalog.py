@@ -83,6 +83,11 @@ class Catalog:
         with self._lock:
             try:
                 return self._db.execute(query, values).fetchall()
+            except sqlite3.ProgrammingError:
+                raise ArtifactError(
+                    f"the artifact store {self.path.parent} is closed, as its SessionManager is: "
+                    "read artifacts before, or with `sandbox-kernel artifacts get`"
+                ) from None
             except sqlite3.DatabaseError as exc:
                 raise ArtifactError(f"the artifact catalog {self.path} cannot be read: {exc}") from exc
 

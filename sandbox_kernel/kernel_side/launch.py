@@ -248,10 +248,10 @@ def run_kernel(options: Options, connection_file: str) -> None:
     from traitlets.config import Config
 
     class KernelApp(IPKernelApp):  # type: ignore[misc, unused-ignore]
-        """ipykernel's application, with an iopub socket that drops nothing.
+        """ipykernel's application, with an iopub socket that drops nothing, and a kernel that `exit` does not end.
 
-        Its high-water mark of 1,000 messages would drop what a cell prints fast, and the idle message with it. The mark
-        must be set before the socket is bound, so as the context's default while this one socket is made.
+        The socket's high-water mark of 1,000 messages would drop what a cell prints fast, and the idle message with it.
+        The mark must be set before the socket is bound, so as the context's default while this one socket is made.
         """
 
         def init_iopub(self, context: Any) -> None:
@@ -260,6 +260,17 @@ def run_kernel(options: Options, connection_file: str) -> None:
                 super().init_iopub(context)
             finally:
                 context.sockopts.pop(zmq.SNDHWM, None)
+
+        def init_shell(self) -> None:
+            """`exit` in a cell is told to the client, which may close its window; the kernel is its session's to end.
+
+            ipykernel's own would end it a tenth of a second later: the cell is ok, and the variables are gone.
+            """
+            super().init_shell()
+            shell: Any = self.shell
+            shell.ask_exit = lambda: shell.payload_manager.write_payload(
+                {"source": "ask_exit", "keepkernel": shell.keepkernel_on_exit}
+            )
 
     config = Config()
     config.IPKernelApp.connection_file = connection_file

@@ -109,7 +109,7 @@ class AttachProvisioner(KernelProvisionerBase):
         """Nothing of the session's is ours to remove."""
 
     def _keep_session(self) -> None:
-        """Puts our shutdown (which detaches), restart and interrupt in the place of the manager's."""
+        """Puts our shutdown (which detaches), restart and interrupt in the place of the manager's and its clients'."""
         manager: Any = self.parent
 
         async def detach(now: bool = False, restart: bool = False) -> None:
@@ -135,6 +135,15 @@ class AttachProvisioner(KernelProvisionerBase):
         ):
             setattr(manager, name, function if isinstance(manager, AsyncKernelManager) else run_sync(function))
         manager.cleanup_ipc_files = lambda: None
+        make_client = manager.client
+
+        def client(**options: Any) -> Any:
+            made = make_client(**options)
+            # `jupyter console` asks the kernel itself to shut down, at `exit` and at Ctrl-D.
+            made.shutdown = lambda restart=False: ""
+            return made
+
+        manager.client = client
 
     async def restart_session(self) -> None:
         """Restarts the session's kernel and returns when the new one answers.
