@@ -9,23 +9,31 @@ from collections.abc import Callable
 from typing import Any
 
 from sandbox_kernel.bounded import clean, size_of
-from sandbox_kernel.events import BLOB_MIME
+from sandbox_kernel.events import BLOB_MIME, shorten
 
 Output = dict[str, Any]
 
 MAX_INLINE = 4 * 2**20
 """Bytes of displays that one line of the log takes. A line that grew past ``logfile.MAX_LINE`` would hide its cell."""
+MAX_MIMES = 64
+"""Representations of one display; each may become a file."""
+ERROR_TEXT = 1_000
 INLINE_TEXT = 64_000
 """A MIME value longer than this (bytes) stands in the log as a reference to a blob."""
 
 
 def cost(value: Any) -> int:
-    """Characters that a JSON value takes."""
-    return len(value) if isinstance(value, str) else len(json.dumps(value, default=str))
+    """About the bytes that a JSON value takes in memory: text is as long as it is, ``[{},{},{}]`` 25 times its size."""
+    if isinstance(value, str):
+        return len(value)
+    if not value:
+        return 2
+    text = json.dumps(value, default=str)
+    return len(text) + 100 * text.count("{") + 56 * text.count("[") + 30 * text.count(",")
 
 
 def bundle_size(data: dict[str, Any]) -> int:
-    """Characters that a bundle takes, names included."""
+    """The same of a bundle, names included."""
     return sum(len(mime) + cost(value) for mime, value in data.items())
 
 
@@ -38,22 +46,28 @@ def mime_value(mime: Any, value: Any) -> Any:
     return clean(value)
 
 
-def for_log(outputs: list[Output], put_blob: Callable[[bytes, str], str]) -> list[Output]:
-    """``outputs`` with pictures and long values replaced by references; still valid nbformat.
+def for_log(outputs: list[Output], keep_blob: Callable[[bytes], str]) -> list[Output]:
+    """``outputs`` with pictures and long values replaced by references; still valid nbformat, and bounded altogether.
 
-    ``put_blob(data, mime)`` stores the bytes and returns their SHA-256.
+    ``keep_blob(data)`` takes bytes that are to be stored and returns their SHA-256.
     """
     logged, left = [], MAX_INLINE
     for output in outputs:
         if isinstance(output.get("data"), dict):
-            data = _refer(output["data"], put_blob, left)
-            left = max(0, left - bundle_size(data))
-            output = {**output, "data": data}
+            data = _refer(output["data"], keep_blob, left)
+            size = bundle_size(data) + cost(output["metadata"])
+            output = {**output, "data": data, "metadata": output["metadata"] if size <= left else {}}
+            left = max(0, left - size)
+        elif output["output_type"] == "error":
+            size = len(output["evalue"]) + cost(output["traceback"])
+            if size > left:
+                output = {**output, "evalue": shorten(output["evalue"], ERROR_TEXT), "traceback": []}
+            left = max(0, left - size)
         logged.append(output)
     return logged
 
 
-def _refer(data: dict[str, Any], put_blob: Callable[[bytes, str], str], room: int) -> dict[str, Any]:
+def _refer(data: dict[str, Any], keep_blob: Callable[[bytes], str], room: int) -> dict[str, Any]:
     """``room``: bytes that may stay in the line."""
     kept: dict[str, Any] = {}
     references: list[dict[str, Any]] = []
@@ -74,7 +88,7 @@ def _refer(data: dict[str, Any], put_blob: Callable[[bytes, str], str], room: in
         if raw is None:
             kept[mime] = value
         else:
-            references.append({"sha256": put_blob(raw, mime), "size_bytes": len(raw), "mime": mime})
+            references.append({"sha256": keep_blob(raw), "size_bytes": len(raw), "mime": mime})
     if references:
         kept[BLOB_MIME] = references[0] if len(references) == 1 else references
     return kept

@@ -17,7 +17,7 @@ from typing import Any
 
 from sandbox_kernel.events import CellError, CellEvent, Status, shorten, strip_ansi, utc_now
 from sandbox_kernel.message import Message, count_of
-from sandbox_kernel.outputs import OutputCollector, clean
+from sandbox_kernel.outputs import NAME_LIMIT, OutputCollector, clean
 
 REPLY_GRACE_S = 0.5
 """How long after idle the reply may still come."""
@@ -25,8 +25,10 @@ IDLE_GRACE_S = 5.0
 """After the reply, how long iopub may be silent: then its idle is lost (a message too large drops the connection)."""
 REMEMBERED = 512
 """Finished cells remembered, so that what their threads print later is told whose it is."""
-MAX_FOREIGN = 64
-"""Cells of others that can run at once; a kernel can say of any number that they do."""
+MAX_FOREIGN = 8
+"""Cells of others that can run at once; a kernel can say of any number that they do, and each may hold output."""
+MAX_UNRECORDED = 64
+"""Ended cells that wait for their line; with more the kernel is not read, and what it says waits on its own side."""
 OWN_ORIGIN = "sandbox-kernel"
 
 
@@ -57,6 +59,10 @@ class Cell:
         """A process before us sent it, or let it run: how it ended is told by the kernel's own journal."""
         self.note: str | None = None
         """What the log is to say of it besides."""
+        self.recorded: Callable[[], None] = lambda: None
+        """To be called when it has its line, or will never have it."""
+        self.overdue: asyncio.TimerHandle | None = None
+        """Ends it without what is still missing; one for a cell, however often the kernel says that it has ended."""
 
     def end(self, status: Status) -> None:
         self.status = status
@@ -71,8 +77,11 @@ class Cell:
         if content.get("status") == "error" and content.get("ename"):
             lines = content.get("traceback")
             traceback = "\n".join(clean(line) for line in lines) if isinstance(lines, list) else ""
+            limit = self.collector.limit
             return CellError(
-                name=clean(content["ename"]), value=clean(content.get("evalue", "")), traceback=strip_ansi(traceback)
+                name=clean(content["ename"])[:NAME_LIMIT],
+                value=shorten(clean(content.get("evalue", "")), limit // 4),
+                traceback=strip_ansi(shorten(traceback, limit // 2)),
             )
         return None
 
@@ -117,6 +126,7 @@ class Feed:
         self._past: OrderedDict[str, int | None] = OrderedDict()
         self.execution_count = 0
         """The highest count seen."""
+        self._unrecorded = 0
         self._heard = 0.0
         """When iopub last said anything."""
         self.on_adopted_idle: Callable[[Cell], None] | None = None
@@ -166,17 +176,15 @@ class Feed:
             cell.execution_count = count
         if cell.idle:
             self._finish(cell)
-        else:
-            asyncio.get_running_loop().call_later(IDLE_GRACE_S, self._without_idle, cell)
+        elif cell.overdue is None:
+            cell.overdue = asyncio.get_running_loop().call_later(IDLE_GRACE_S, self._without_idle, cell)
 
     def _without_idle(self, cell: Cell) -> None:
         silent = time.monotonic() - self._heard
-        if cell.msg_id not in self.cells:
-            return
         if silent >= IDLE_GRACE_S:
             self._finish(cell)
         else:
-            asyncio.get_running_loop().call_later(IDLE_GRACE_S - silent, self._without_idle, cell)
+            cell.overdue = asyncio.get_running_loop().call_later(IDLE_GRACE_S - silent, self._without_idle, cell)
 
     def iopub(self, message: Message) -> None:
         """A message of the iopub channel."""
@@ -201,15 +209,15 @@ class Feed:
         cell = self.cells.get(msg_id) if msg_id else None
         if cell is None or state != "idle":
             return
-        cell.idle = True
+        again, cell.idle = cell.idle, True
         if cell.adopted and cell.reply is None:
             # Its error may have been published before we listened.
-            if self.on_adopted_idle is not None:
+            if self.on_adopted_idle is not None and not again:
                 self.on_adopted_idle(cell)
         elif not cell.own or cell.reply is not None:
             self._finish(cell)
-        else:
-            asyncio.get_running_loop().call_later(REPLY_GRACE_S, self._finish, cell)
+        elif cell.overdue is None:
+            cell.overdue = asyncio.get_running_loop().call_later(REPLY_GRACE_S, self._finish, cell)
 
     def _input(self, content: Message, parent: Message) -> None:
         msg_id = str(parent.get("msg_id", ""))
@@ -248,18 +256,30 @@ class Feed:
     # -- the end ---------------------------------------------------------------------------
 
     def _finish(self, cell: Cell) -> None:
-        if self.cells.pop(cell.msg_id, None) is None:
-            return
-        cell.end(_verdict(cell))
-        self._remember(cell)
-        self._on_finished(cell)
+        if self.cells.pop(cell.msg_id, None) is not None:
+            self._end(cell, _verdict(cell))
 
     def abandon(self, cell: Cell, status: Status) -> None:
         """End a cell whose kernel is gone or was killed."""
         if self.cells.pop(cell.msg_id, None) is not None:
-            cell.end(cell.verdict or status)
-            self._remember(cell)
-            self._on_finished(cell)
+            self._end(cell, cell.verdict or status)
+
+    def _end(self, cell: Cell, status: Status) -> None:
+        if cell.overdue is not None:
+            cell.overdue.cancel()
+        cell.end(status)
+        self._remember(cell)
+        self._unrecorded += 1
+        cell.recorded = self._recorded
+        self._on_finished(cell)
+
+    def _recorded(self) -> None:
+        self._unrecorded -= 1
+
+    @property
+    def behind(self) -> bool:
+        """So many cells wait for their line that the kernel is to be read no further."""
+        return self._unrecorded > MAX_UNRECORDED
 
     def abandon_all(self, status: Status) -> None:
         for cell in list(self.cells.values()):

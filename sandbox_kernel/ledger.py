@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from hashlib import sha256
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.errors import ArtifactError, RecordError, SandboxError, SessionClosed
 from sandbox_kernel.events import Artifact, ArtifactCreated, ExecutionResult, Finished, timestamp
 from sandbox_kernel.feed import OWN_ORIGIN, Cell
+from sandbox_kernel.masking import Masker
 from sandbox_kernel.outputs import Output, for_log
 from sandbox_kernel.record import NoRecorder, Recorder
 
@@ -31,6 +31,12 @@ METADATA_EVERY_S = 0.05
 LATE_LIMIT = 64_000
 LATE_KEYS = 64
 """Cells and streams told apart in one such batch."""
+ARTIFACTS_PER_LINE = 1_000
+"""In one ``artifacts_created``: a path may be 16 kB long, and no line may be longer than readers take."""
+FEW = 20
+"""Outputs that are quickly dealt with."""
+REFUSALS, REFUSALS_PER_S = 200, 20
+"""Lines that tell of refused files: so many as they come, then so many a second; the rest is counted."""
 
 
 class Watch(Protocol):
@@ -45,7 +51,7 @@ class Ledger:
     """Closes cells of one session. Callbacks of Feed and observer come in here; lines of the log go out."""
 
     def __init__(
-        self, session_id: str, recorder: Recorder | NoRecorder, store: ArtifactStore, mask: Callable[[str], str] | None
+        self, session_id: str, recorder: Recorder | NoRecorder, store: ArtifactStore, mask: Masker | None
     ) -> None:
         self.session_id = session_id
         self.recorder = recorder
@@ -61,6 +67,9 @@ class Ledger:
         self._late_dropped = 0
         self._late_timer: asyncio.TimerHandle | None = None
         self._written = 0.0
+        self._refusals, self._refilled = float(REFUSALS), 0.0
+        self._untold = 0
+        self._refusals_timer: asyncio.TimerHandle | None = None
         self.results: dict[str, asyncio.Future[ExecutionResult]] = {}
         self.notes: dict[str, dict[str, Any]] = {}
         """Further fields of a cell's result by msg_id: ``state_preserved``, ``lost_names``, ``death``."""
@@ -80,6 +89,7 @@ class Ledger:
         if self._task is not None:
             await self._task
         self.flush_late()
+        self._tell_the_rest()
         for waiting in self.results.values():
             if not waiting.done():
                 waiting.set_exception(
@@ -101,6 +111,8 @@ class Ledger:
                 elif isinstance(exc, SandboxError):
                     self.failure = exc
                 continue
+            finally:
+                cell.recorded()
             if future is not None and not future.done():
                 future.set_result(result)
             if cell.listener is not None:
@@ -132,10 +144,24 @@ class Ledger:
 
     def refused(self, refusals: Sequence[Any]) -> None:
         """Files that the store does not take: they stay where they are, and the log says why."""
-        for refusal in refusals[:100]:
+        now = asyncio.get_running_loop().time()
+        self._refusals = min(REFUSALS, self._refusals + (now - self._refilled) * REFUSALS_PER_S)
+        self._refilled = now
+        told = min(len(refusals), int(self._refusals))
+        self._refusals -= told
+        for refusal in refusals[:told]:
             self.append("artifact_refused", path=refusal.path, reason=refusal.reason)
-        if len(refusals) > 100:
-            self.append("artifact_refused", path="...", reason=f"and {len(refusals) - 100} more")
+        self._untold += len(refusals) - told
+        if self._untold and self._refusals_timer is None:
+            self._refusals_timer = asyncio.get_running_loop().call_later(1.0, self._tell_the_rest)
+
+    def _tell_the_rest(self) -> None:
+        if self._refusals_timer is not None:
+            self._refusals_timer.cancel()
+            self._refusals_timer = None
+        untold, self._untold = self._untold, 0
+        if untold:
+            self.append("artifact_refused", path="...", reason=f"and {untold} more")
 
     def late(self, msg_id: str | None, execution_count: int | None, name: str, text: str) -> None:
         """Output that came after its cell had ended: gathered, then one line per cell and stream."""
@@ -176,15 +202,15 @@ class Ledger:
 
     def _log_artifacts(self, artifacts: Sequence[Artifact]) -> None:
         files = [artifact for artifact in artifacts if artifact.kind != "output"]
-        if not files:
-            return
-        try:
-            self.recorder.artifacts_created(files)
-        except RecordError as exc:
-            self.failure = exc
-            return
-        with suppress(ArtifactError):  # who opens the session next finds the line, and marks them then
-            self.store.mark_logged([artifact.id for artifact in files])
+        for start in range(0, len(files), ARTIFACTS_PER_LINE):
+            batch = files[start : start + ARTIFACTS_PER_LINE]
+            try:
+                self.recorder.artifacts_created(batch)
+            except RecordError as exc:
+                self.failure = exc
+                return
+            with suppress(ArtifactError):  # who opens the session next finds the line, and marks them then
+                self.store.mark_logged([artifact.id for artifact in batch])
 
     async def _close(self, cell: Cell) -> ExecutionResult:
         collector = cell.collector
@@ -219,7 +245,7 @@ class Ledger:
                 **self.notes.pop(cell.msg_id, {}),
             )
             self.flush_late()
-            self._write(result, cell, lost)
+            await self._write(result, cell, lost)
         finally:
             held, self._held = self._held or [], None
             self._log_artifacts(held)
@@ -227,13 +253,19 @@ class Ledger:
                 self._current = None
         return result
 
-    def _write(self, result: ExecutionResult, cell: Cell, lost: list[str]) -> None:
+    async def _write(self, result: ExecutionResult, cell: Cell, lost: list[str]) -> None:
         if cell.own and cell.status == "aborted":
             # Another client's failing cell swept it out of the kernel's queue before it ran: the session sends it
             # again, and takes it back only when it has been accepted anew.
             return
         note = {} if cell.note is None else {"note": cell.note}
-        self.write(result.msg_id, **self.line(result, lost), **note)
+        outputs = result.outputs
+        if len(outputs) <= FEW and all(output.get("data", {}).keys() <= {"text/plain"} for output in outputs):
+            outputs = self._keep_displays(outputs, lost)
+        else:
+            # In a thread: pictures are decoded, hashed and synced, and other sessions would wait for that.
+            outputs = await asyncio.to_thread(self._keep_displays, outputs, lost)
+        self.write(result.msg_id, **self._line(result, outputs, lost), **note)
 
     def write(self, msg_id: str, **line: Any) -> None:
         """A ``code_execution`` line (masked already) and the count of cells. Raises RecordError."""
@@ -265,9 +297,8 @@ class Ledger:
             with suppress(RecordError):  # it stands in .pending for who opens the session next
                 self.write(cell.msg_id, **line)
 
-    def line(self, result: ExecutionResult, lost: list[str]) -> dict[str, Any]:
+    def _line(self, result: ExecutionResult, outputs: list[Output], lost: list[str]) -> dict[str, Any]:
         """The fields of a ``code_execution`` line; ``lost``: what of its output could not be kept, and why."""
-        outputs = self._mask_outputs(for_log(result.outputs, partial(self._put_blob, lost))) if result.outputs else []
         fields: dict[str, Any] = {
             "code": self.masked(result.code),
             "success": result.success,
@@ -291,18 +322,27 @@ class Ledger:
         if lost:
             fields["output_lost"] = "; ".join(dict.fromkeys(lost))
         if not result.state_preserved:
-            fields |= {"state_preserved": False, "lost_names": result.lost_names}
+            fields |= {"state_preserved": False, "lost_names": self.masked_tree(result.lost_names)}
         if result.death is not None:
             fields["death"] = result.death.model_dump()
         return fields
 
-    def _put_blob(self, lost: list[str], data: bytes, mime: str) -> str:
-        """A picture that the store does not take must not cost the cell its line."""
-        try:
-            return self.store.put_blob(data)
-        except ArtifactError as exc:
-            lost.append(f"the bytes of a picture could not be kept: {exc}")
-            return sha256(data).hexdigest()
+    def _keep_displays(self, outputs: list[Output], lost: list[str]) -> list[Output]:
+        """``outputs`` for the log, what they refer to put into the store (blocks)."""
+        blobs: dict[str, bytes] = {}
+
+        def keep(data: bytes) -> str:
+            digest = sha256(data).hexdigest()
+            blobs[digest] = data
+            return digest
+
+        logged = for_log(self.masked_tree(outputs), keep)
+        if blobs:
+            try:
+                self.store.put_blobs(blobs)
+            except ArtifactError as exc:  # what the store does not take must not cost the cell its line
+                lost.append(f"the bytes of its pictures could not be kept: {exc}")
+        return logged
 
     async def _store_spools(self, cell: Cell, lost: list[str]) -> list[Artifact]:
         stored = []
@@ -312,13 +352,14 @@ class Ledger:
                 lost.append(f"the whole output could not be kept: {spool.error and spool.error.strerror}")
                 continue
             with file:
+                source = file if self._mask is None else self._mask.stream(file)
                 try:
                     stored.append(
                         await asyncio.to_thread(
                             self.store.put_stream,
                             self.session_id,
                             f"cell-{cell.execution_count or 0}-{spool.filename}",
-                            file,
+                            source,
                             kind="output",
                             execution_count=cell.execution_count,
                             msg_id=cell.msg_id,
@@ -335,9 +376,6 @@ class Ledger:
     def masked(self, text: str) -> str:
         """``text`` without the values of the session's secrets."""
         return text if self._mask is None else self._mask(text)
-
-    def _mask_outputs(self, outputs: list[Output]) -> list[Output]:
-        return outputs if self._mask is None else [self.masked_tree(output) for output in outputs]
 
     def masked_tree(self, value: Any) -> Any:
         if self._mask is None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from typing import BinaryIO
+from urllib.parse import quote, quote_plus
 
 from sandbox_kernel.errors import SettingsError
 
 MASK = "***"
+CHUNK = 2**20
 SHORTEST = 4
 """A shorter secret would mask half of every text; it is refused."""
 
@@ -23,16 +28,40 @@ def check_secrets(secrets: Mapping[str, str]) -> None:
             )
 
 
-def masker(secrets: Mapping[str, str]) -> Callable[[str], str] | None:
-    """A function that masks the values of ``secrets`` in a text; None when there are none.
+class Masker:
+    """Masks the values of ``secrets`` in a text, also in the forms in which one is often printed: as ``repr`` and JSON
+    escape it, and as it stands in a URL."""
 
-    Also in the forms in which a value is often printed: as ``repr`` and as JSON escape it.
-    """
-    forms: set[str] = set()
-    for value in secrets.values():
-        forms |= {value, repr(value)[1:-1], value.encode("unicode_escape").decode()}
-        forms |= {line for line in value.splitlines() if len(line) >= SHORTEST}
-    if not forms:
-        return None
-    pattern = re.compile("|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True)))
-    return lambda text: pattern.sub(MASK, text)
+    def __init__(self, secrets: Mapping[str, str]) -> None:
+        forms: set[str] = set()
+        for value in secrets.values():
+            for text in (value, *(line for line in value.splitlines() if len(line) >= SHORTEST)):
+                forms |= {text, repr(text)[1:-1], text.encode("unicode_escape").decode()}
+                forms |= {json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]}
+                forms |= {quote(text, errors="replace"), quote(text, safe="", errors="replace"), quote_plus(text)}
+        self._longest = max(map(len, forms))
+        self._pattern = re.compile("|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True)))
+
+    def __call__(self, text: str) -> str:
+        return self._pattern.sub(MASK, text)
+
+    def stream(self, file: BinaryIO) -> Iterator[bytes]:
+        """The UTF-8 text of ``file``, masked, in pieces; a value across two of them is masked too."""
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        held = ""
+        while data := file.read(CHUNK):
+            held += decode(data)
+            # What begins before this place is here as a whole.
+            end = max(0, len(held) - self._longest + 1)
+            for match in self._pattern.finditer(held):
+                if match.start() >= end:
+                    break
+                end = max(end, match.end())
+            yield self(held[:end]).encode("utf-8")
+            held = held[end:]
+        yield self(held + decode(b"", True)).encode("utf-8")
+
+
+def masker(secrets: Mapping[str, str]) -> Masker | None:
+    """A :class:`Masker` of these; None when there are none."""
+    return Masker(secrets) if secrets else None

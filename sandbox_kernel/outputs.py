@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from sandbox_kernel.bounded import BoundedText, Spool, clean, size_of
-from sandbox_kernel.bundles import Output, bundle_size, cost, for_log, mime_value
+from sandbox_kernel.bundles import MAX_MIMES, Output, bundle_size, cost, for_log, mime_value
 from sandbox_kernel.events import (
     CellError,
     CellEvent,
@@ -52,7 +53,7 @@ class OutputCollector:
         self.msg_id = msg_id
         self.error: CellError | None = None
         self.result: str | None = None
-        self._limit = limit
+        self.limit = limit
         self._spool_dir = spool_dir
         self._texts = {"stdout": BoundedText(limit), "stderr": BoundedText(limit)}
         self._whole: dict[str, list[str]] = {"stdout": [], "stderr": []}
@@ -65,7 +66,9 @@ class OutputCollector:
         self._tail_text = 0
         self._dropped = 0
         self._clear_next = False
-        self._displays: dict[str, list[Output]] = {}
+        self._displays: dict[str, dict[int, Output]] = {}
+        """The kept outputs of each ``display_id``, by :func:`id`."""
+        self._display_ids: dict[int, str] = {}
         self._updated: dict[str, int] = {}
         """What the last update of each display took of the budget."""
 
@@ -94,7 +97,7 @@ class OutputCollector:
             spool.write(text.encode("utf-8"))
         else:
             self._whole[name].append(text)
-            if bounded.size + size_of(text) > self._limit:
+            if bounded.size + size_of(text) > self.limit:
                 spool = self._spools[name] = Spool(self._spool_dir, f"{name}.txt", "text/plain; charset=utf-8")
                 spool.write("".join(self._whole.pop(name)).encode("utf-8"))
         bounded.add(text)
@@ -104,18 +107,18 @@ class OutputCollector:
     def _bundle(self, msg_type: str, content: dict[str, Any]) -> CellEvent:
         raw_data, raw_meta = content.get("data"), content.get("metadata")
         data = (
-            {str(mime)[:NAME_LIMIT]: mime_value(mime, value) for mime, value in raw_data.items()}
+            {str(mime)[:NAME_LIMIT]: mime_value(mime, value) for mime, value in islice(raw_data.items(), MAX_MIMES)}
             if isinstance(raw_data, dict)
             else {}
         )
         metadata = dict(raw_meta) if isinstance(raw_meta, dict) and cost(raw_meta) <= METADATA_LIMIT else {}
-        size = bundle_size(data)
+        size = bundle_size(data) + cost(metadata)
         count = content.get("execution_count")
         if msg_type == "execute_result":
-            if size > self._limit and size_of(clean(data.get("text/plain", ""))) > self._limit:
+            if size > self.limit and size_of(clean(data.get("text/plain", ""))) > self.limit:
                 self._spool_bundle(data)
-                data = {**data, "text/plain": shorten(clean(data["text/plain"]), self._limit)}
-                size = bundle_size(data)
+                data = {**data, "text/plain": shorten(clean(data["text/plain"]), self.limit)}
+                size = bundle_size(data) + cost(metadata)
             self.result = clean(data.get("text/plain", ""))
             output: Output = {
                 "output_type": "execute_result",
@@ -128,28 +131,28 @@ class OutputCollector:
                 msg_id=self.msg_id, data=data, metadata=metadata, execution_count=output["execution_count"]
             )
         transient = content.get("transient")
-        display_id = transient.get("display_id") if isinstance(transient, dict) else None
+        given = transient.get("display_id") if isinstance(transient, dict) else None
+        display_id = None if given is None else clean(given)[:NAME_LIMIT]
         update = msg_type == "update_display_data"
         if update:
-            kept = self._afford(str(display_id), data, size)
-            for shown in self._displays.get(str(display_id), ()):
-                shown["data"], shown["metadata"] = kept, metadata
+            if display_id in self._displays:
+                self._update(display_id, data, metadata, size)
         else:
             output = {"output_type": "display_data", "data": data, "metadata": metadata}
-            if self._show(output, size) and display_id is not None and len(self._displays) < MAX_OBJECTS:
-                self._displays.setdefault(str(display_id), []).append(output)
-        return DisplayData(
-            msg_id=self.msg_id,
-            data=data,
-            metadata=metadata,
-            display_id=None if display_id is None else str(display_id),
-            update=update,
-        )
+            self._show(output, size)
+            if display_id is not None and len(self._displays) < MAX_OBJECTS:
+                self._displays.setdefault(display_id, {})[id(output)] = output
+                self._display_ids[id(output)] = display_id
+        return DisplayData(msg_id=self.msg_id, data=data, metadata=metadata, display_id=display_id, update=update)
+
+    def _update(self, display_id: str, data: dict[str, Any], metadata: dict[str, Any], size: int) -> None:
+        shown = self._displays[display_id]
+        kept = self._afford(display_id, data, size * len(shown))
+        for output in shown.values():
+            output["data"], output["metadata"] = kept, metadata
 
     def _afford(self, display_id: str, data: dict[str, Any], size: int) -> dict[str, Any]:
         """What of an update is kept: it takes the place of the last one in the budget."""
-        if display_id not in self._displays:
-            return data
         self._bundle_budget += self._updated.pop(display_id, 0)
         if size > self._bundle_budget:
             self._spool_bundle(data)
@@ -163,11 +166,11 @@ class OutputCollector:
         traceback = [clean(line) for line in lines] if isinstance(lines, list) else []
         name, value = clean(content.get("ename", ""))[:NAME_LIMIT], clean(content.get("evalue", ""))
         whole = "\n".join(traceback)
-        if size_of(whole) + size_of(value) > self._limit:
+        if size_of(whole) + size_of(value) > self.limit:
             self._spool_text("error", f"{name}: {value}\n{whole}")
-            value, traceback = shorten(value, self._limit // 4), [shorten(whole, self._limit // 2)]
+            value, traceback = shorten(value, self.limit // 4), [shorten(whole, self.limit // 2)]
         self.error = CellError(name=name, value=value, traceback=strip_ansi("\n".join(traceback)))
-        size = size_of(value) + sum(map(size_of, traceback))
+        size = size_of(value) + size_of(whole) + 8 * len(traceback)
         self._show({"output_type": "error", "ename": name, "evalue": value, "traceback": traceback}, size)
         return ErrorData(msg_id=self.msg_id, error=self.error)
 
@@ -183,15 +186,16 @@ class OutputCollector:
         self._tail.clear()
         self._sizes.clear()
         self._displays.clear()
+        self._display_ids.clear()
         self._updated.clear()
-        self._text_budget, self._bundle_budget, self._tail_text = self._limit // 2, self._limit * BUNDLE_FACTOR, 0
+        self._text_budget, self._bundle_budget, self._tail_text = self.limit // 2, self.limit * BUNDLE_FACTOR, 0
         self._dropped = 0
         self._clear_next = False
 
     # -- keeping ---------------------------------------------------------------------------
 
-    def _show(self, output: Output, size: int) -> bool:
-        """Append to ``outputs``, within the budgets; False when the object itself is not kept."""
+    def _show(self, output: Output, size: int) -> None:
+        """Append to ``outputs``, within the budgets."""
         if self._clear_next:
             self._reset()
         if output["output_type"] == "stream":
@@ -203,8 +207,8 @@ class OutputCollector:
                     last.setdefault("parts", [last["text"]]).append(output["text"])
                 else:
                     self._head.append(output)
-                return True
-            half = self._limit // 2
+                return
+            half = self.limit // 2
             if size > half:
                 output["text"] = output["text"].encode("utf-8")[-half:].decode("utf-8", "ignore")
                 self._dropped += size - size_of(output["text"])
@@ -222,12 +226,11 @@ class OutputCollector:
             self._bundle_budget -= size
             if not self._tail and len(self._head) < MAX_OBJECTS // 2:
                 self._head.append(output)
-                return True
+                return
         self._sizes[id(output)] = size
         self._tail.append(output)
-        while len(self._tail) > MAX_OBJECTS // 2 or (self._tail_text > self._limit // 2 and len(self._tail) > 1):
+        while len(self._tail) > MAX_OBJECTS // 2 or (self._tail_text > self.limit // 2 and len(self._tail) > 1):
             self._drop(self._tail.popleft())
-        return True
 
     def _drop(self, output: Output) -> None:
         size = self._sizes.pop(id(output), 0)
@@ -236,6 +239,12 @@ class OutputCollector:
             self._tail_text -= size
         else:
             self._bundle_budget += size
+            display_id = self._display_ids.pop(id(output), None)
+            if display_id is not None:
+                del self._displays[display_id][id(output)]
+                if not self._displays[display_id]:
+                    del self._displays[display_id]
+                    self._bundle_budget += self._updated.pop(display_id, 0)
             if "data" in output:
                 self._spool_bundle(output["data"])
 

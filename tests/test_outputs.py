@@ -74,7 +74,7 @@ def test_any_messages_give_valid_outputs(tmp_path_factory: pytest.TempPathFactor
         collector.add(msg_type, content)
     outputs = collector.outputs()
     check_nbformat(outputs)
-    check_nbformat(for_log(outputs, lambda data, mime: "0" * 64))
+    check_nbformat(for_log(outputs, lambda data: "0" * 64))
     for text in (collector.stdout, collector.stderr):
         assert len(text.encode()) <= LIMIT + 100
     close(collector)
@@ -136,14 +136,14 @@ def test_clear_output_empties_the_outputs_but_not_what_was_printed(collector: Ou
 def test_pictures_stand_in_the_log_as_references(collector: OutputCollector) -> None:
     png = b"\x89PNG\r\n\x1a\n" + bytes(300)
     collector.add("display_data", {"data": {"image/png": base64.b64encode(png).decode(), "text/plain": "<Figure>"}})
-    kept: list[tuple[bytes, str]] = []
+    kept: list[bytes] = []
 
-    def put(data: bytes, mime: str) -> str:
-        kept.append((data, mime))
+    def keep(data: bytes) -> str:
+        kept.append(data)
         return "ab" * 32
 
-    (logged,) = for_log(collector.outputs(), put)
-    assert kept == [(png, "image/png")]
+    (logged,) = for_log(collector.outputs(), keep)
+    assert kept == [png]
     assert logged["data"] == {
         "text/plain": "<Figure>",
         BLOB_MIME: {"sha256": "ab" * 32, "size_bytes": len(png), "mime": "image/png"},

@@ -32,6 +32,12 @@ ROOT = os.geteuid() == 0
 KERNEL = 1000 if ROOT else os.geteuid()
 
 
+def put_blob(store: ArtifactStore, data: bytes) -> str:
+    sha256 = hashlib.sha256(data).hexdigest()
+    store.put_blobs({sha256: data})
+    return sha256
+
+
 class Bench:
     def __init__(self, root: Path) -> None:
         self.store_root = root / ".store"
@@ -100,8 +106,8 @@ def test_put_stream_and_pictures(bench: Bench) -> None:
     assert [a.kind for a in bench.store.unlogged("s")] == ["export", "export"]
     bench.store.mark_logged([export.id])
     assert [a.version for a in bench.store.unlogged("s")] == [2]
-    sha = bench.store.put_blob(b"picture")
-    assert bench.store.put_blob(b"picture") == sha
+    sha = put_blob(bench.store, b"picture")
+    assert put_blob(bench.store, b"picture") == sha
     assert bench.store.read_blob(sha) == b"picture"
     for wrong in ("0" * 64, "../../store.sqlite"):
         with pytest.raises(ArtifactNotFound):
@@ -235,7 +241,7 @@ def test_a_full_disk_refuses_and_nothing_is_lost(tmp_path: Path) -> None:
             assert [a.path for a in result.created] == ["small"]
             assert os.listdir(folder) == ["big"]
             with pytest.raises(ArtifactRefused, match="no space"):
-                store.put_blob(os.urandom(3 * 2**20))
+                put_blob(store, os.urandom(3 * 2**20))
             subprocess.run(["mount", "-o", "remount,size=20m", small], check=True)
             left = [item for item in found if item.path == "big"]
             assert [a.path for a in store.ingest("s", fd, left, ended=True).created] == ["big"]
@@ -349,13 +355,14 @@ def test_check_finds_and_mends(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("gone", "damaged", "fine"):
         bench.write(name, name.encode())
     made = {a.path: a for a in bench.ingest().created}
-    bench.store.put_blob(b"picture")
+    put_blob(bench.store, b"picture")
     assert bench.store.check() == []
     bench.store.blobs.path(made["gone"].sha256).unlink()
     damaged = bench.store.blobs.path(made["damaged"].sha256)
     damaged.chmod(0o600)
     damaged.write_bytes(b"other")
-    orphan = bench.store.blobs.put(b"orphan")
+    orphan = hashlib.sha256(b"orphan").hexdigest()
+    bench.store.blobs.put({orphan: b"orphan"})
     monkeypatch.setattr("sandbox_kernel.artifacts.checking.ORPHAN_AGE_S", -1.0)
     assert sorted(p.kind for p in bench.store.check()) == ["damaged", "missing", "missing", "orphan"]
     assert {p.repaired for p in bench.store.check(repair=True)} == {True, False}
@@ -374,7 +381,7 @@ def test_a_corrupt_catalog_is_moved_aside_and_made_anew_from_the_logs(tmp_path: 
     for number in range(300):
         bench.write(f"{number}", str(number).encode())
     made = bench.ingest().created
-    picture = bench.store.put_blob(b"picture")
+    picture = put_blob(bench.store, b"picture")
     lines = [
         {"timestamp": "2024-01-15T10:30:20", "event": "artifacts_created", "artifacts": [a.model_dump(mode="json")]}
         for a in made

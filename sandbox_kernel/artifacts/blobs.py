@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import hashlib
 import itertools
 import os
 import re
 import secrets
 import stat
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from sandbox_kernel.untrusted import FOLDER
@@ -172,20 +171,22 @@ class BlobFolder:
             finally:
                 os.close(fd)
 
-    def put(self, data: bytes) -> str:
-        """The SHA-256 of ``data``, which is a blob now. Raises OSError."""
-        sha256 = hashlib.sha256(data).hexdigest()
-        if not self.exists(sha256):
-            name, fd = self.create()
-            try:
-                with os.fdopen(fd, "wb") as file:
-                    file.write(data)
-                self.place([(name, sha256)])
-            except BaseException:
+    def put(self, blobs: Mapping[str, bytes]) -> None:
+        """Have these bytes as blobs, by their SHA-256. Raises OSError."""
+        made: list[tuple[str, str]] = []
+        try:
+            for sha256, data in blobs.items():
+                if not self.exists(sha256):
+                    name, fd = self.create()
+                    made.append((name, sha256))
+                    with os.fdopen(fd, "wb") as file:
+                        file.write(data)
+            self.place(made)
+        except BaseException:
+            for name, _ in made:
                 with contextlib.suppress(FileNotFoundError):
                     self.drop(name)
-                raise
-        return sha256
+            raise
 
 
 _held: weakref.WeakSet[BlobFolder] = weakref.WeakSet()

@@ -162,10 +162,10 @@ class Catalog:
 
     # -- blobs -----------------------------------------------------------------------------
 
-    def add_picture(self, sha256: str, size_bytes: int) -> None:
-        """Note a blob that a log refers to and no artifact."""
+    def add_pictures(self, pictures: Iterable[tuple[str, int]]) -> None:
+        """Note blobs (SHA-256 and size) that a log refers to and no artifact."""
         with self._transaction() as db:
-            db.execute("INSERT OR IGNORE INTO pictures VALUES (?, ?)", (sha256, size_bytes))
+            db.executemany("INSERT OR IGNORE INTO pictures VALUES (?, ?)", pictures)
 
     def sizes(self) -> dict[str, int]:
         """SHA-256 and size of every blob that is referred to."""

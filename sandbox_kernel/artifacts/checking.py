@@ -96,8 +96,8 @@ def rebuilt_catalog(root: Path) -> Catalog:
                 catalog.restore(salvage(known))
         for artifacts, pictures in logged_artifacts(root.parent):
             catalog.restore(artifacts)
-            for sha256, size in pictures:
-                catalog.add_picture(sha256, size)
+            if pictures:
+                catalog.add_pictures(pictures)
     finally:
         catalog.close()
     set_aside(path)

@@ -13,7 +13,7 @@ import contextlib
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256 as new_sha256
 from pathlib import Path
@@ -85,12 +85,11 @@ class ArtifactStore(StoredArtifacts):
 
     # -- writing ---------------------------------------------------------------------------
 
-    def put_blob(self, data: bytes) -> str:
-        """Keep a picture that the log refers to; its SHA-256. Raises ArtifactRefused (no room)."""
+    def put_blobs(self, blobs: Mapping[str, bytes]) -> None:
+        """Keep pictures that a log refers to, by their SHA-256; one sync for all. Raises ArtifactRefused (no room)."""
         with _room():
-            sha256 = self.blobs.put(data)
-        self.catalog.add_picture(sha256, len(data))
-        return sha256
+            self.blobs.put(blobs)
+        self.catalog.add_pictures((sha256, len(data)) for sha256, data in blobs.items())
 
     def put_bytes(
         self,
