@@ -16,13 +16,26 @@ log = logging.getLogger(__name__)
 
 MESSAGES_PER_TURN, BYTES_PER_TURN = 500, 2 * 2**20
 """What is read before other tasks of the event loop get a turn."""
+MAX_WAITING = 4
+"""Messages that zmq reads ahead of us: each may be large. The rest waits in the kernel, which drops none of it. (More
+for small ones gains nothing, and to change the number while connected makes zmq wait for ever.)"""
+HELD_S = 0.01
 
 
 class Channel:
     """One zmq socket on the event loop. Its descriptor is edge-triggered: after a wake-up or a send it is read dry."""
 
-    def __init__(self, socket: zmq.Socket[bytes], wire: WireSession, deliver: Callable[[Message], None]) -> None:
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        wire: WireSession,
+        deliver: Callable[[Message], None],
+        hold: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``hold()``: what was read before must be dealt with first; nothing is read meanwhile."""
         self._socket = socket
+        self._hold = hold
+        self._held: asyncio.TimerHandle | None = None
         self._wire = wire
         self._deliver = deliver
         self._loop = asyncio.get_running_loop()
@@ -30,11 +43,16 @@ class Channel:
         self._open = True
         self.unreadable = 0
         """Messages that were no valid message (bad signature, not JSON, of another shape): counted and dropped."""
+        self.heard = self._loop.time()
+        """When the last message came."""
         self._loop.add_reader(self._fd, self.read)
         self._loop.call_soon(self.read)  # the descriptor tells of nothing before a first look
 
     def send(self, message: Message) -> None:
-        self._wire.send(self._socket, message)
+        try:
+            self._wire.send(self._socket, message)
+        except zmq.Again:  # a kernel that reads nothing must not stop the event loop
+            log.warning("a request was dropped: a thousand wait already, and the kernel takes none")
         # The send may have consumed the edge of a message that came meanwhile.
         self._loop.call_soon(self.read)
 
@@ -42,6 +60,10 @@ class Channel:
         messages = size = 0
         while messages < MESSAGES_PER_TURN and size < BYTES_PER_TURN:
             if not self._open:
+                return
+            if self._hold():
+                if self._held is None:
+                    self._held = self._loop.call_later(HELD_S, self._read_on)
                 return
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -51,6 +73,7 @@ class Channel:
                 return
             messages += 1
             size += sum(map(len, frames))
+            self.heard = self._loop.time()
             try:
                 self._deliver(read_message(self._wire, frames))
             except Exception as exc:  # whatever a hostile kernel sends, the reader goes on
@@ -58,6 +81,10 @@ class Channel:
                 if self.unreadable <= 3:
                     log.warning("a message of the kernel was dropped: %s", repr(exc)[:200])
         self._loop.call_soon(self.read)
+
+    def _read_on(self) -> None:
+        self._held = None
+        self.read()
 
     def close(self) -> None:
         if self._open:

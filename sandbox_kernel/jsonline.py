@@ -63,6 +63,15 @@ def encode(value: Any) -> bytes:
     return text.encode()
 
 
+def cleaned(value: Any) -> Any:
+    """``value`` with half surrogate pairs, which no file and no database can hold, as their escapes; in keys too."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {cleaned(key): cleaned(item) for key, item in value.items()}
+    return [cleaned(item) for item in value] if isinstance(value, list) else value
+
+
 def _escape_bytes(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeDecodeError)
     # Doubled, so that inside a JSON string it is the text \xff.
@@ -77,6 +86,8 @@ def decode(data: bytes) -> dict[str, Any]:
     when there is none."""
     try:
         value = json.loads(data.decode("utf-8", "sandbox-kernel.json").lstrip("\ufeff"))
+        if b"\\ud" in data or b"\\uD" in data:
+            value = cleaned(value)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except ValueError as exc:

@@ -1,8 +1,8 @@
 """A running kernel, whoever launched it: its sockets, the requests we send, the Feed that reads.
 
 Wire format, signatures and CurveZMQ keys are those of jupyter_client (its ``Session`` does the packing). The sockets
-are our own, read from the event loop without a thread per channel: with no receive limit (``RCVHWM=0``) nothing the
-kernel publishes is dropped here.
+are our own, read from the event loop without a thread per channel. What the host has no room for waits in the kernel,
+whose iopub socket has no limit (``kernel_side/launch.py``): nothing it publishes is dropped.
 
 A kernel can replace its Unix sockets by links to sockets of the host. So each is opened first with
 ``O_PATH | O_NOFOLLOW``, checked, and connected to through that descriptor: what was checked is what is connected to.
@@ -22,9 +22,10 @@ from typing import Any, cast
 import zmq
 from jupyter_client.session import Session as WireSession
 
-from sandbox_kernel.channel import Channel
+from sandbox_kernel.channel import MAX_WAITING, Channel
 from sandbox_kernel.errors import ConnectionFileError, KernelGone, KernelStartError, SandboxError
 from sandbox_kernel.feed import Feed
+from sandbox_kernel.guard import Guard
 from sandbox_kernel.message import Message
 
 MAX_MESSAGE_BYTES = 256 * 2**20
@@ -72,7 +73,14 @@ class Kernel:
             session=client_session,
         )
         self._channels: dict[str, Channel] = {}
+        self._kinds: dict[str, tuple[int, Callable[[Message], None]]] = {
+            "iopub": (zmq.SUB, self._on_iopub),
+            "shell": (zmq.DEALER, self._on_shell),
+            "control": (zmq.DEALER, self._on_control),
+        }
         self._pins: dict[str, int] = {}
+        self._interrupts = 0
+        """Those sent that were not answered yet."""
         self._replies: dict[str, asyncio.Future[Message]] = {}
         self._idles: dict[str, asyncio.Future[None]] = {}
         self.feed: Feed | None = None
@@ -92,13 +100,13 @@ class Kernel:
         Raises KernelStartError when nothing answers within ``timeout`` seconds.
         """
         loop = asyncio.get_running_loop()
+        Guard.of_this_loop().add(self)
         self.feed = feed
         self._welcome = loop.create_future()
         try:
             with _translated(self._info):
-                self._open("iopub", zmq.SUB, self._on_iopub)
-                self._open("shell", zmq.DEALER, self._on_shell)
-                self._open("control", zmq.DEALER, self._on_control)
+                for name in self._kinds:
+                    self._open(name)
             async with asyncio.timeout(timeout):
                 # On control: its thread answers while a cell runs, so that a busy kernel can be taken over.
                 reply = await self.request("control", "kernel_info_request")
@@ -119,6 +127,7 @@ class Kernel:
     def close(self) -> None:
         """Close the channels; the kernel itself is not touched."""
         self.on_disconnected = None
+        Guard.of_this_loop().remove(self)
         for name in list(self._monitors):
             self._unwatch(name)
         for channel in self._channels.values():
@@ -134,12 +143,14 @@ class Kernel:
         self._replies.clear()
         self._idles.clear()
 
-    def _open(self, name: str, kind: int, deliver: Callable[[Message], None]) -> None:
+    def _open(self, name: str) -> None:
+        kind, deliver = self._kinds[name]
         socket = _context().socket(kind)
         try:
             socket.linger = 0
             socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-            socket.setsockopt(zmq.RCVHWM, 0)
+            socket.setsockopt(zmq.RCVHWM, MAX_WAITING)
+            socket.setsockopt(zmq.SNDTIMEO, 0)
             if kind == zmq.SUB:
                 socket.setsockopt(zmq.SUBSCRIBE, b"")
             else:
@@ -155,7 +166,7 @@ class Kernel:
             self._unwatch(name)
             socket.close(linger=0)
             raise
-        self._channels[name] = Channel(socket, self._wire, deliver)
+        self._channels[name] = Channel(socket, self._wire, deliver, self._behind if name == "iopub" else _never)
 
     def _watch(self, name: str, socket: zmq.Socket[bytes]) -> None:
         """Have zmq tell when the connection is lost."""
@@ -183,23 +194,40 @@ class Kernel:
                 if name == "iopub":
                     asyncio.get_running_loop().call_later(REOPEN_S, self._reopen_iopub)
                     continue
-                self._ended = True
-                if self.on_disconnected is not None:
+                again, self._ended = self._ended, True
+                if self.on_disconnected is not None and not again:
                     self.on_disconnected(self)
         except zmq.ZMQError:
             return
 
     def _reopen_iopub(self) -> None:
         """After a message larger than any may be, zmq does not connect again by itself."""
-        if self._ended or "iopub" not in self._channels:
+        self._reopen("iopub")
+
+    def reopen_silent(self, since: float) -> bool:
+        """See :class:`~sandbox_kernel.guard.Guarded`."""
+        silent = [name for name, channel in self._channels.items() if channel.heard < since]
+        for name in silent:
+            self._reopen(name)
+        return bool(silent)
+
+    def _reopen(self, name: str) -> None:
+        if self._ended or name not in self._channels:
             return
-        self._unwatch("iopub")
-        self._channels.pop("iopub").close()
-        pin = self._pins.pop("iopub", None)
+        self._unwatch(name)
+        self._channels.pop(name).close()
+        pin = self._pins.pop(name, None)
         if pin is not None:
             os.close(pin)
-        with suppress(SandboxError, zmq.ZMQError):
-            self._open("iopub", zmq.SUB, self._on_iopub)
+        try:
+            self._open(name)
+        except (SandboxError, zmq.ZMQError):
+            if name != "iopub" and self.on_disconnected is not None:
+                self._ended = True
+                self.on_disconnected(self)
+
+    def _behind(self) -> bool:
+        return self.feed is not None and self.feed.behind
 
     def _address(self, name: str) -> str:
         try:
@@ -264,6 +292,7 @@ class Kernel:
     def interrupt(self) -> None:
         """Ask the kernel to interrupt itself. Returns at once: whether the cell ends is seen in the Feed."""
         if "control" in self._channels:
+            self._interrupts += 1
             self._channels["control"].send(self.message("interrupt_request"))
 
     def request_shutdown(self) -> None:
@@ -295,7 +324,8 @@ class Kernel:
 
     def _on_control(self, message: Message) -> None:
         self._answer(message)
-        if message.get("msg_type") == "interrupt_reply" and "shell" in self._channels:
+        if message.get("msg_type") == "interrupt_reply" and self._interrupts and "shell" in self._channels:
+            self._interrupts -= 1
             # Wakes a loop that waits in `await asyncio.sleep(...)`: the signal alone does not (ipykernel #881).
             self._channels["shell"].send(self.message("kernel_info_request"))
 
@@ -315,3 +345,7 @@ class Kernel:
             idle = self._idles.get((message.get("parent_header") or {}).get("msg_id", ""))
             if idle is not None and not idle.done():
                 idle.set_result(None)
+
+
+def _never() -> bool:
+    return False

@@ -13,11 +13,14 @@ from typing import Any, cast
 
 from jupyter_client.session import Session as WireSession
 
+from sandbox_kernel.jsonline import cleaned
+
 Message = dict[str, Any]
 
 MAX_STRUCTURE = 16 * 2**20
 """Bytes of one frame outside its strings. Text is as long as it is; ``[{},{},{}...]`` takes 25 times its size."""
-MAX_STRINGS = 2**21
+MAX_VALUES = 1_000_000
+"""Values in one frame: to read and write more of them would keep the event loop, and so every session, for seconds."""
 MAX_DEPTH = 100
 """What is nested more deeply cannot be written down again without exhausting Python's stack."""
 MAX_NUMBER = 2**53
@@ -28,8 +31,8 @@ def read_message(wire: WireSession, frames: list[bytes]) -> Message:
     parts = cast(list[bytes], wire.feed_identities(frames)[1])
     # signature, header, parent header, metadata, content, buffers
     for part in parts[1:5]:
-        if len(part) > MAX_STRUCTURE and _bloated(part):
-            raise ValueError("a message that would take many times its size in memory")
+        if len(part) > MAX_VALUES and _bloated(part):
+            raise ValueError("a message that would take many times its size in memory, or long to read")
     message = _unpack(wire, parts)
     header, parent, content = (message.get(name) for name in ("header", "parent_header", "content"))
     if not isinstance(header, dict) or not isinstance(parent, dict) or not isinstance(content, dict):
@@ -42,9 +45,8 @@ def read_message(wire: WireSession, frames: list[bytes]) -> Message:
     if _nested(parts[1:5]):
         _check_depth((header, parent, content), MAX_DEPTH)
     if any(b"\\ud" in part or b"\\uD" in part for part in parts[1:5]):
-        # Half a surrogate pair is no text that a file could hold: it becomes its escape, in keys too.
         for name in ("header", "parent_header", "content", "msg_type"):
-            message[name] = _cleaned(message[name])
+            message[name] = cleaned(message[name])
     return message
 
 
@@ -75,10 +77,17 @@ def count_of(value: Any) -> int | None:
 
 
 def _bloated(part: bytes) -> bool:
+    if len(part) <= MAX_STRUCTURE and _separators(part) <= MAX_VALUES:
+        return False
     plain = part.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if plain.count(b'"') > 2 * MAX_STRINGS:
+    if plain.count(b'"') > 2 * MAX_VALUES:
         return True
-    return sum(map(len, plain.split(b'"')[::2])) > MAX_STRUCTURE
+    outside = plain.split(b'"')[::2]
+    return sum(map(len, outside)) > MAX_STRUCTURE or sum(map(_separators, outside)) > MAX_VALUES
+
+
+def _separators(text: bytes) -> int:
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
 def _nested(parts: Iterable[bytes]) -> bool:
@@ -92,11 +101,3 @@ def _check_depth(value: Any, left: int) -> None:
         for item in value.values() if isinstance(value, dict) else value:
             if isinstance(item, (dict, list)):
                 _check_depth(item, left - 1)
-
-
-def _cleaned(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode("utf-8")
-    if isinstance(value, dict):
-        return {_cleaned(key): _cleaned(item) for key, item in value.items()}
-    return [_cleaned(item) for item in value] if isinstance(value, list) else value

@@ -10,6 +10,7 @@ import asyncio
 import resource
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 import pytest_asyncio
@@ -42,6 +43,15 @@ def raw_content(msg_type, content):
     parts = [pack(w.msg(msg_type)['header']), pack(PARENT['header']), b'{}', content]
     raw([b'x', b'<IDS|MSG>', w.sign(parts)] + parts)
 PARENT = json.loads(pack(PARENT))
+def signed(kind, content, parent=None):
+    w = K.session
+    parts = [pack(p) for p in (w.msg(kind)['header'], parent or PARENT['header'], {})]
+    parts.append(content if isinstance(content, bytes) else pack(content))
+    return [b'x', b'<IDS|MSG>', w.sign(parts)] + parts
+def raw_often(frames, times):
+    '''The same frames again and again, without a copy: what they hold costs the kernel nothing.'''
+    K.iopub_thread.schedule(lambda: [K.iopub_thread.socket.send_multipart(frames, copy=False) for _ in range(times)])
+IDENT = PARENT['header']['session'].encode()
 """
 
 
@@ -168,6 +178,59 @@ for content in ({}, [], None, {'status': []}, {'status': 'error', 'ename': 7, 'e
     except Exception as e: pass
 """)  # fmt: skip
 
+    async def test_an_error_without_end_in_a_reply(self, victim: Session) -> None:
+        status = await attack(victim, """
+content = {'status': 'error', 'ename': 'E' * 30_000_000, 'evalue': 'v' * 30_000_000, 'traceback': ['t' * 9_000_000]}
+frames = [IDENT] + signed('execute_reply', content)[1:]
+(K.shell_stream.socket if K.shell_stream else K.shell_socket).send_multipart(frames)
+forge('status', {'execution_state': 'idle'})
+time.sleep(1)
+""")  # fmt: skip
+        assert status == "error"
+        assert max(len(line) for line in (folder(victim) / "session.log").read_bytes().splitlines()) < 5_000_000
+
+    async def test_requests_that_nobody_takes_hold_nobody_up(self, victim: Session) -> None:
+        """Forged replies to interrupts made the host send requests, until the send itself waited: with every session."""
+        async with watched() as gaps:
+            await victim.execute(TOOLS + """
+def flood():
+    for _ in range(5_000):
+        K.control_stream.socket.send_multipart([IDENT] + signed('interrupt_reply', {'status': 'ok'})[1:])
+K.shell_channel_thread.io_loop.add_callback(time.sleep, 60)
+time.sleep(0.3)
+K.control_thread.io_loop.add_callback(flood)
+time.sleep(60)
+""", timeout=5)  # fmt: skip
+            await victim.restart()  # the shell channel sleeps on, whatever is interrupted
+        assert max(gaps) < 3, f"the event loop stood still for {max(gaps):.1f} s"
+        await usable(victim)
+
+    async def test_cells_faster_than_they_are_recorded(self, victim: Session) -> None:
+        """They wait in the kernel, not in the host, and our own cell does not wait behind them."""
+        feed = victim._feed
+        most = [0]
+
+        async def count() -> None:
+            while True:
+                most[0] = max(most[0], feed._unrecorded)
+                await asyncio.sleep(0.005)
+
+        counter = asyncio.create_task(count())
+        began = time.monotonic()
+        await victim.execute(TOOLS + """
+burst = []
+for n in range(20_000):
+    p = {'msg_id': f'burst-{n}', 'session': 'lab', 'username': ''}
+    burst.append(signed('execute_input', {'code': 'never ran', 'execution_count': 1}, p))
+    burst.append(signed('status', {'execution_state': 'idle'}, p))
+K.iopub_thread.schedule(lambda: [K.iopub_thread.socket.send_multipart(frames) for frames in burst])
+while True: pass
+""", timeout=12)  # fmt: skip
+        counter.cancel()
+        assert time.monotonic() - began < 12 + 2 + 8
+        assert 0 < most[0] < 1000, "ended cells that wait for their line"
+        await usable(victim)
+
     async def test_output_without_end_after_the_cell(self, victim: Session) -> None:
         size = sum(1 for _ in events(victim))
         await attack(victim, """
@@ -188,6 +251,27 @@ threading.Thread(target=flood).start()
 def peak() -> int:
     """The largest resident size this process ever had, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+@asynccontextmanager
+async def watched() -> AsyncIterator[list[float]]:
+    """How long the event loop stood still, each time."""
+    gaps = [0.0]
+
+    async def watch() -> None:
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(0.01)
+            now = time.monotonic()
+            gaps.append(now - last)
+            last = now
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield gaps
+        await asyncio.sleep(0.05)  # what stood still until now is counted too
+    finally:
+        watcher.cancel()
 
 
 class TestSize:
@@ -232,23 +316,57 @@ for n in range(100): forge('update_display_data', {'data': {'text/plain': 'x' * 
 """, timeout=40)  # fmt: skip
         assert peak() - before < 400, "100 displays of 2 MB each are not kept"
 
-    async def test_the_host_stays_responsive_meanwhile(self, victim: Session) -> None:
-        gaps = [0.0]
-
-        async def watch() -> None:
-            last = time.monotonic()
-            while True:
-                await asyncio.sleep(0.01)
-                now = time.monotonic()
-                gaps.append(now - last)
-                last = now
-
-        watcher = asyncio.create_task(watch())
+    async def test_a_message_in_parts_without_end(self, victim: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each part is small enough, and the whole is never there: 3 GB, of which the host keeps what it can bear."""
+        monkeypatch.setattr("sandbox_kernel.guard.GROWTH", 200 * 2**20)
+        before = peak()
         await victim.execute(
-            TOOLS + "while True: raw_content('stream', b'{\"name\": \"stdout\", \"text\": \"' + b'y' * 1000 + b'\"}')",
-            timeout=3,
+            TOOLS + "raw_often([b'x', b'<IDS|MSG>'] + [bytes(30 * 2**20)] * 100, 1)\ntime.sleep(12)", timeout=30
         )
-        watcher.cancel()
+        assert peak() - before < 1500
+        await usable(victim)
+
+    async def test_large_messages_are_not_read_ahead(self, victim: Session) -> None:
+        before = peak()
+        code = "raw_often(signed('stream', b'{\"name\": \"stdout\", \"text\": \"' + b'y' * 8_000_000 + b'\"}'), 300)\nwhile True: pass"
+        await victim.execute(TOOLS + code, timeout=8)
+        assert peak() - before < 400
+        await usable(victim)
+
+    async def test_what_comes_with_displays(self, victim: Session) -> None:
+        """Metadata, ids, many of one id, values that are nothing but structure, tracebacks of empty lines."""
+        before = peak()
+        async with watched() as gaps:
+            await attack(victim, """
+structure = [{}] * 10_000
+for _ in range(200): forge('display_data', {'data': {'text/plain': 'x'}, 'metadata': {'m': structure}})
+for n in range(20): forge('display_data', {'data': {'text/plain': 'x'}, 'metadata': {}, 'transient': {'display_id': str(n) + 'x' * 8_000_000}})
+raw_often(signed('display_data', {'data': {'text/plain': 'x' * 1_000_000}, 'metadata': {}, 'transient': {'display_id': 'd'}}), 300)
+for _ in range(8): forge('display_data', {'data': {'application/json': structure * 20}, 'metadata': {}})
+for _ in range(12): forge('error', {'ename': 'E', 'evalue': '', 'traceback': [''] * 900_000})
+""", timeout=60)  # fmt: skip
+        assert peak() - before < 500
+        assert max(gaps) < 3, f"the event loop stood still for {max(gaps):.1f} s"
+        assert max(len(line) for line in (folder(victim) / "session.log").read_bytes().splitlines()) < 30_000_000
+
+    async def test_very_many_pictures_do_not_stop_the_host(self, victim: Session) -> None:
+        async with watched() as gaps:
+            result = await victim.execute("""
+import base64, os
+for n in range(900): display({'image/png': base64.b64encode(os.urandom(300)).decode()}, raw=True)
+display({f'image/{n}': base64.b64encode(os.urandom(30)).decode() for n in range(10_000)}, raw=True)
+""")  # fmt: skip
+        assert result.status == "ok"
+        assert max(gaps) < 1.5, f"the event loop stood still for {max(gaps):.1f} s"
+        await usable(victim)
+
+    async def test_the_host_stays_responsive_meanwhile(self, victim: Session) -> None:
+        async with watched() as gaps:
+            await victim.execute(
+                TOOLS
+                + "while True: raw_content('stream', b'{\"name\": \"stdout\", \"text\": \"' + b'y' * 1000 + b'\"}')",
+                timeout=3,
+            )
         assert max(gaps) < 3, f"the event loop stood still for {max(gaps):.1f} s"
         await usable(victim)
 
