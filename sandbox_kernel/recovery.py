@@ -21,10 +21,13 @@ from sandbox_kernel.feed import REPLY_GRACE_S, Cell, Feed, origin_of
 from sandbox_kernel.ledger import Ledger
 from sandbox_kernel.lifecycle import Lifecycle
 from sandbox_kernel.logfile import iter_log_backwards
+from sandbox_kernel.message import count_of
 from sandbox_kernel.record import NoRecorder, Recorder
 from sandbox_kernel.workspace import Workspace
 
 NOTE = "ran while no host process was attached: what it printed then is not known"
+MAX_ID = 1_000
+"""Characters of a msg_id, as in the messages of a kernel (:mod:`sandbox_kernel.message`)."""
 Entry = dict[str, Any]
 Journal = dict[str, Entry]
 
@@ -97,7 +100,7 @@ class Takeover:
             if not entry.get("ended_at"):
                 self._ledger.started(cell)
         self._write_strangers(journal)
-        count = max([_int(entry.get("execution_count")) or 0 for entry in journal.values()], default=0)
+        count = max([count_of(entry.get("execution_count")) or 0 for entry in journal.values()], default=0)
         self._feed.execution_count = max(self._feed.execution_count, count)
         for cell in list(self._feed.cells.values()):
             if cell.adopted:
@@ -199,7 +202,7 @@ class Takeover:
                 "stderr": "",
                 "status": status if status in ("ok", "error", "interrupted", "aborted") else "unknown",
                 "error": error,
-                "execution_count": _int(entry.get("execution_count")),
+                "execution_count": count_of(entry.get("execution_count")),
                 "origin": origin_of(_header(entry)),
                 "duration_s": max(0.0, (ended - began).total_seconds()) if began and ended else None,
                 "outputs": [],
@@ -217,7 +220,7 @@ def _by_cell(lines: list[Entry]) -> Journal:
     cells: Journal = {}
     for line in lines:
         msg_id = line.get("msg_id")
-        if isinstance(msg_id, str) and msg_id:
+        if isinstance(msg_id, str) and 0 < len(msg_id) <= MAX_ID:
             cells[msg_id] = {**cells.get(msg_id, {}), **line}
     return cells
 
@@ -231,7 +234,7 @@ def _learn(cell: Cell, entry: Entry) -> None:
     if not cell.running:
         cell.running = True
         cell.note = NOTE
-        cell.execution_count = _int(entry.get("execution_count"))
+        cell.execution_count = count_of(entry.get("execution_count"))
         began = _when(entry.get("started_at"))
         if began is not None:
             cell.started_at = began
@@ -259,7 +262,3 @@ def _when(value: Any) -> datetime | None:
     except (TypeError, ValueError):
         return None
     return found if found.tzinfo is not None else None
-
-
-def _int(value: Any) -> int | None:
-    return value if isinstance(value, int) else None

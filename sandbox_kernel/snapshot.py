@@ -13,7 +13,8 @@ from sandbox_kernel.logfile import Problem, iter_log, open_regular
 from sandbox_kernel.untrusted import FOLDER, read_untrusted
 
 METADATA_LIMIT = 4 * 2**20
-STATE_LIMIT = 16 * 2**20
+STATE_LIMIT = 4 * 2**20
+"""Bytes; our hook writes 2 MB at most, and whoever reads it waits."""
 STATE_LINK = "state/python_state.json"
 """The only link that is followed, and not by the file system: its target is opened as what it is, hostile."""
 

@@ -6,9 +6,9 @@ The rest of a session does not ask which.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,9 +19,14 @@ from sandbox_kernel.artifacts.remote import RemoteSpool
 from sandbox_kernel.directory import SessionDirectory
 from sandbox_kernel.errors import SandboxError
 from sandbox_kernel.events import PythonState, Variable
+from sandbox_kernel.jsonline import decode
 from sandbox_kernel.ledger import Watch
 from sandbox_kernel.snapshot import read_state_folder
 from sandbox_kernel.untrusted import FOLDER, read_untrusted
+
+MAX_ENTRIES = 10_000
+"""Variables and modules that are taken from a state; the hook writes at most 2,000 variables."""
+NAME_LIMIT = 1_000
 
 
 class Workspace(Protocol):
@@ -38,21 +43,23 @@ class Workspace(Protocol):
 
 
 def parse_state(raw: dict[str, Any] | None) -> PythonState:
-    """``python_state.json`` as far as it can be believed: entries of the wrong form are left out."""
+    """``python_state.json`` as far as it can be believed: entries of the wrong form are left out, and what is past
+    ``MAX_ENTRIES`` (the event loop waits meanwhile)."""
     if not raw:
         return PythonState()
     variables = raw.get("variables")
     kept: dict[str, Variable] = {}
-    for name, entry in variables.items() if isinstance(variables, dict) else ():
+    for name, entry in islice(variables.items(), MAX_ENTRIES) if isinstance(variables, dict) else ():
         with suppress(ValidationError, TypeError):
             kept[str(name)] = Variable(**entry)
     modules = raw.get("imported_modules")
     fields = {name: value for name, value in raw.items() if name not in ("variables", "imported_modules")}
-    fields |= {"variables": kept, "imported_modules": [str(m) for m in modules] if isinstance(modules, list) else []}
+    names = [str(name)[:NAME_LIMIT] for name in modules[:MAX_ENTRIES]] if isinstance(modules, list) else []
+    fields |= {"variables": kept, "imported_modules": names}
     try:
         return PythonState(**fields)
     except (ValidationError, TypeError):
-        return PythonState(variables=kept, imported_modules=fields["imported_modules"])
+        return PythonState(variables=kept, imported_modules=names)
 
 
 class BindWorkspace:
@@ -89,14 +96,13 @@ class TmpfsWorkspace:
 
     async def read_state(self) -> PythonState:
         try:
-            raw = json.loads(await self._spool.read_state())
+            return parse_state(decode(await self._spool.read_state()))
         except (SandboxError, ValueError):
-            raw = None
-        return parse_state(raw if isinstance(raw, dict) else None)
+            return PythonState()
 
     async def read_journal(self) -> list[dict[str, Any]]:
         try:
-            return parse_cells(await self._spool.read_state(JOURNAL))
+            return parse_cells(await self._spool.read_state(JOURNAL, limit=JOURNAL_LIMIT))
         except SandboxError:
             return []
 
@@ -126,8 +132,6 @@ def parse_cells(data: bytes) -> list[dict[str, Any]]:
     """The lines that are JSON objects."""
     lines = []
     for line in data.splitlines():
-        with suppress(ValueError, RecursionError):
-            entry = json.loads(line)
-            if isinstance(entry, dict):
-                lines.append(entry)
+        with suppress(ValueError):
+            lines.append(decode(line))
     return lines
