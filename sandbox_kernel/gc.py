@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from sandbox_kernel.provisioning.runtime import RuntimeDirectory, runtime_base
 from sandbox_kernel.provisioning.survey import lock_path, survivors
 from sandbox_kernel.settings import SessionStorage, Settings
 from sandbox_kernel.snapshot import read_metadata
+from sandbox_kernel.untrusted import remove_tree
 
 if TYPE_CHECKING:
     from sandbox_kernel.manager import SessionManager
@@ -137,7 +137,7 @@ def _orphans(root: Path) -> list[str]:
     pool = root / FOLDER
     for folder in sorted(pool.iterdir()) if pool.is_dir() else ():
         if folder.name not in kernels and SessionLock.holder(folder / ".lock") is None:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)
             removed.append(f"folder {FOLDER}/{folder.name}: its spare kernel is gone")
     removed += egress.sweep(engine)
     removed += [f"network {network}: nothing uses it" for network in remove_unused(engine)]

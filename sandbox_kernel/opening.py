@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets as random
-import shutil
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -30,6 +29,7 @@ from sandbox_kernel.record import NoRecorder, Recorder
 from sandbox_kernel.recovery import log_unlogged, may_run
 from sandbox_kernel.session import Session
 from sandbox_kernel.settings import SessionStorage, Settings
+from sandbox_kernel.untrusted import remove_tree
 from sandbox_kernel.workspace import BindWorkspace, read_cells
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ async def _open_bind(session: Session, opening: Opening, stack: AsyncExitStack) 
 def _discard_unopened(session: Session, directory: SessionDirectory) -> None:
     """A session that could not be started the first time leaves no folder; its lock is still held."""
     if not session.opened:
-        shutil.rmtree(directory.path, ignore_errors=True)
+        remove_tree(directory.path)
 
 
 async def _open_tmpfs(session: Session, opening: Opening, stack: AsyncExitStack) -> None:

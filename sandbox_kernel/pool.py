@@ -12,7 +12,6 @@ import asyncio
 import logging
 import os
 import secrets as random
-import shutil
 from collections import deque
 from collections.abc import Coroutine, Mapping
 from contextlib import AsyncExitStack
@@ -31,6 +30,7 @@ from sandbox_kernel.provisioning.orphans import OWNER
 from sandbox_kernel.provisioning.process import process_identity
 from sandbox_kernel.provisioning.runtime import kernel_ids
 from sandbox_kernel.settings import DatasetAccess, SessionStorage, Settings
+from sandbox_kernel.untrusted import remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class SpareFolder:
         self.directory.state_dir.rename(session.state_dir)
 
     def remove(self) -> None:
-        shutil.rmtree(self.directory.path, ignore_errors=True)
+        remove_tree(self.directory.path)
         self._lock.release()
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
+import secrets
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from sandbox_kernel.errors import ArtifactRefused, UntrustedPath
 
@@ -21,7 +24,11 @@ FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 MAX_DEPTH = 64
-MAX_ENTRIES = 1_000_000
+MAX_ENTRIES = 200_000
+"""Entries that one scan looks at: half a second. Whoever leaves more there waits for it at each of its cells."""
+MAX_REFUSALS = 10_000
+"""Refusals that one scan tells of one by one; a kernel can make links as quickly as files."""
+_SHOWN = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +41,19 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Something that is not taken, and why. ``path`` is printable text (undecodable bytes as ``\\xff``)."""
+    """Something that is not taken, and why. ``path`` is printable text (undecodable bytes as ``\\xff``), cut in the
+    middle where it is long."""
 
     path: str
     reason: str
     size_bytes: int = 0
     identity: tuple[int, ...] = ()
     """Changes when the thing changes; see :func:`file_identity`."""
+
+    def __post_init__(self) -> None:
+        if len(self.path) > _SHOWN:
+            cut = f"{self.path[: _SHOWN // 2]}[...]{self.path[-_SHOWN // 2 :]}"
+            object.__setattr__(self, "path", cut)
 
 
 def file_identity(status: os.stat_result) -> tuple[int, ...]:
@@ -182,6 +195,7 @@ OnFolder = Callable[[str, int], object]
 @dataclass
 class _Count:
     left: int
+    refusals: int = 0
 
 
 def scan_untrusted(
@@ -193,7 +207,14 @@ def scan_untrusted(
     ``on_folder`` gets each sub-folder's path and descriptor before it is listed. One scan of a ``dir_fd`` at a time.
     """
     count = _Count(max_entries)
-    yield from _scan(dir_fd, "", count, max_depth, on_folder)
+    for item in _scan(dir_fd, "", count, max_depth, on_folder):
+        if isinstance(item, Refusal):
+            count.refusals += 1
+            if count.refusals > MAX_REFUSALS:
+                continue
+        yield item
+    if count.refusals > MAX_REFUSALS:
+        yield Refusal(".", f"{count.refusals - MAX_REFUSALS} more that are not taken")
     if count.left < 0:
         yield Refusal(".", f"more than {max_entries} entries; the rest was not looked at")
 
@@ -209,19 +230,19 @@ def _scan(fd: int, prefix: str, count: _Count, depth: int, on_folder: OnFolder |
                 status = entry.stat(follow_symlinks=False)
             except OSError:
                 continue
-            shown = printable(path)
             identity = file_identity(status)
             if not is_text(entry.name):
-                yield Refusal(shown, "a name that is not valid UTF-8", status.st_size, identity)
+                yield Refusal(printable(path), "a name that is not valid UTF-8", status.st_size, identity)
             elif stat.S_ISDIR(status.st_mode):
                 if depth <= 0:
-                    yield Refusal(shown, f"a folder more than {MAX_DEPTH} levels deep", 0, identity)
+                    yield Refusal(printable(path), f"a folder more than {MAX_DEPTH} levels deep", 0, identity)
                     continue
                 try:
                     below = os.open(entry.name, FOLDER, dir_fd=fd)
                 except OSError as exc:
                     if exc.errno in (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE):
-                        yield Refusal(shown, f"a folder that cannot be opened: {os.strerror(exc.errno)}", 0, identity)
+                        why = f"a folder that cannot be opened: {os.strerror(exc.errno)}"
+                        yield Refusal(printable(path), why, 0, identity)
                     continue  # swapped for a link or gone since: the next scan sees what it is now
                 try:
                     if on_folder is not None:
@@ -234,7 +255,53 @@ def _scan(fd: int, prefix: str, count: _Count, depth: int, on_folder: OnFolder |
                 if reason is None or adopted(status):
                     yield Found(path, status)
                 else:
-                    yield Refusal(shown, reason, status.st_size, identity)
+                    yield Refusal(printable(path), reason, status.st_size, identity)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder that a kernel could write, with all below it, however deep. What cannot be removed stays.
+
+    Folders are moved to the top before they are emptied, so that it takes neither recursion nor a descriptor per level;
+    no link is followed.
+    """
+    try:
+        top = os.open(path, FOLDER)
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return
+    try:
+        names = (f".removed-{secrets.token_hex(16)}".encode() for _ in itertools.repeat(None))
+        folders = _emptied(top, top, names)
+        while folders:
+            name = folders.pop()
+            with contextlib.suppress(OSError):
+                folder = os.open(name, FOLDER, dir_fd=top)
+                try:
+                    folders += _emptied(folder, top, names)
+                finally:
+                    os.close(folder)
+                os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
+def _emptied(folder: int, top: int, names: Iterator[bytes]) -> list[bytes]:
+    """Unlink what is in ``folder``; its folders get new names in ``top``, which are returned."""
+    moved = []
+    with os.scandir(folder) as entries:
+        found = [(os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_folder in found:
+        with contextlib.suppress(OSError):
+            if is_folder:
+                new = next(names)
+                os.rename(name, new, src_dir_fd=folder, dst_dir_fd=top)
+                moved.append(new)
+            else:
+                os.unlink(name, dir_fd=folder)
+    return moved
 
 
 def is_text(name: bytes | str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from attacked import ask, attacked, events, folder, run, usable
 from sandbox_kernel import SessionManager, Settings
 from sandbox_kernel.audit import verify
 from sandbox_kernel.session import Session
+
+OWN_PLACES = ["/session", "/tmp", *([] if os.geteuid() == 0 else ["/run/kernel"]), "/dev/shm"]
+"""The folder of the sockets is the host's again when they are there, where that may give it away."""
 
 pytestmark = [pytest.mark.usefixtures("image"), pytest.mark.asyncio(loop_scope="module")]
 
@@ -83,7 +87,7 @@ def writable():
         except OSError:
             pass
 """
-        assert await ask(victim, "list(writable())", setup) == ["/session", "/tmp", "/run/kernel", "/dev/shm"]
+        assert await ask(victim, "list(writable())", setup) == OWN_PLACES
         assert await ask(victim, "os.access('/opt/sandbox-kernel/launch.py', os.W_OK)", "import os") is False
         assert "uid=0" not in await run(victim, "!su -c id 2>&1 < /dev/null; sudo -n id 2>&1; id")
 

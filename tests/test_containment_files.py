@@ -259,6 +259,8 @@ STATES = {
     "a folder": "os.path.lexists(P) and os.unlink(P); os.mkdir(P)",
     "a huge number": "open(P, 'w').write('{\"execution_count\": 1' + '0' * 5000 + '}')",
     "not utf-8": "open(P, 'wb').write(b'{\"variables\": {\"\\xff\": {\"type\": \"\\xfe\", \"value\": \"\\x1b[2J\"}}}')",
+    "half a character": "open(P, 'w').write('{\"variables\": {\"\\\\ud800\": {\"type\": \"\\\\ud800\", \"value\": \"\\\\ud800\"}}, \"imported_modules\": [\"\\\\ud800\"], \"msg_id\": \"\\\\ud800\"}')",
+    "very many entries": "import json; json.dump({'variables': {str(n): {'type': '', 'value': ''} for n in range(50_000)}, 'imported_modules': [1] * 300_000} | {f'x{n}': 1 for n in range(50_000)}, open(P, 'w'))",
     "nothing": "os.path.lexists(P) and os.unlink(P)",
 }  # fmt: skip
 
@@ -341,16 +343,43 @@ def nobody_came(server: socket.socket) -> bool:
     return False
 
 
+LINKS = """
+import os
+for n in range(1, 6):
+    try:
+        os.unlink('/run/kernel/k-%d' % n); os.symlink({!r}, '/run/kernel/k-%d' % n)
+    except PermissionError as e:  # the folder is the host's, where that may give it away
+        assert os.stat('/run/kernel').st_uid == 0
+"""
+
+
 class TestSockets:
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+    async def test_their_folder_is_not_the_kernels(self, victim: Session) -> None:
+        """It lies in the machine's own /run, which nobody may fill; also after a restart, by us or in Lab."""
+        attack = """
+import os
+done = []
+for act in (lambda: os.mkdir('/run/kernel/d'), lambda: open('/run/kernel/f', 'w'), lambda: os.unlink('/run/kernel/k-1'),
+            lambda: os.chmod('/run/kernel', 0o777), lambda: os.rename('/run/kernel/k-1', '/run/kernel/k-9')):
+    try: act(); done.append(1)
+    except OSError: pass
+print(done)
+"""
+        assert await run(victim, attack) == "[]\n"
+        await victim.restart()
+        assert await run(victim, attack) == "[]\n"
+        await usable(victim)
+
     async def test_replaced_by_links_to_host_sockets_then_restarted(self, victim: Session, tmp_path: Path) -> None:
         with bystander(Path(f"/tmp/bystander-{os.getpid()}")) as server:
             try:
-                links = f"import os\nfor n in range(1, 6):\n    os.unlink(f'/run/kernel/k-{{n}}'); os.symlink('/tmp/bystander-{os.getpid()}', f'/run/kernel/k-{{n}}')"
+                links = LINKS.format(f"/tmp/bystander-{os.getpid()}")
                 await run(victim, links)
                 await usable(victim)  # the connection that stands is not affected
                 await victim.restart()
                 await usable(victim)
-                await run(victim, links + "\nos._exit(3)" if False else links)
+                await run(victim, links)
                 await victim.execute("import os; os.kill(os.getpid(), 9)")
                 await usable(victim)
                 assert nobody_came(server)
@@ -364,10 +393,7 @@ class TestSockets:
             try:
                 async with SessionManager(settings) as manager:
                     session = await manager.start("victim")
-                    await run(
-                        session,
-                        f"import os\nfor n in range(1, 6):\n    os.unlink(f'/run/kernel/k-{{n}}'); os.symlink({name!r}, f'/run/kernel/k-{{n}}')",
-                    )
+                    await run(session, LINKS.format(name))
                 async with SessionManager(settings) as manager:
                     began = time.monotonic()
                     try:

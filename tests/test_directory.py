@@ -30,7 +30,13 @@ from sandbox_kernel.directory import (
     scan_untrusted,
 )
 from sandbox_kernel.errors import ArtifactError, ArtifactRefused, InvalidSessionId, SessionHeld, UntrustedPath
-from sandbox_kernel.untrusted import FOLDER, file_identity, is_text, remove_untrusted
+from sandbox_kernel.untrusted import (
+    FOLDER,
+    file_identity,
+    is_text,
+    remove_tree,
+    remove_untrusted,
+)
 
 SECRET = b"of the host"
 
@@ -391,3 +397,40 @@ def _walk(tree: dict[bytes, tuple[str, object]], prefix: bytes = b"") -> Iterato
         yield prefix + name, (kind, content)
         if kind == "folder":
             yield from _walk(content, prefix + name + b"/")  # type: ignore[arg-type]
+
+
+def test_a_tree_is_removed_however_deep_and_through_no_link(tmp_path: Path) -> None:
+    root, other = tmp_path / "tree", tmp_path / "other"
+    for folder in (root, other):
+        folder.mkdir()
+    (other / "file").write_text("stays")
+    here = os.open(root, os.O_RDONLY)
+    for name in (b"f", b"\xff\n"):
+        os.close(os.open(name, os.O_CREAT, dir_fd=here))
+    os.symlink(other, "link", dir_fd=here)
+    for _ in range(3_000):
+        os.mkdir("d", dir_fd=here)
+        os.symlink(other, "link2", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    remove_tree(root)
+    assert not root.exists()
+    assert (other / "file").read_text() == "stays"
+    (tmp_path / "to other").symlink_to(other)
+    remove_tree(tmp_path / "to other")
+    remove_tree(tmp_path / "nowhere")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["other"]
+
+
+def test_refusals_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sandbox_kernel.untrusted.MAX_REFUSALS", 10)
+    for n in range(30):
+        (tmp_path / f"{n}{'x' * 200}").symlink_to("nowhere")
+    fd = os.open(tmp_path, FOLDER)
+    found = list(scan_untrusted(fd))
+    os.close(fd)
+    assert [item.reason for item in found if isinstance(item, Refusal)][-1] == "20 more that are not taken"
+    assert len(found) == 11
+    assert len(Refusal("y" * 20_000, "why").path) < 1_100

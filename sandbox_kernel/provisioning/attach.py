@@ -31,6 +31,7 @@ from traitlets import Unicode
 from sandbox_kernel.errors import ConnectionFileError, EngineError, KernelStartError, SessionClosed
 from sandbox_kernel.provisioning.engine import Engine, NotThere
 from sandbox_kernel.provisioning.process import process_identity
+from sandbox_kernel.provisioning.runtime import RuntimeDirectory, runtime_base
 
 PROVISIONER = "sandbox-attach"
 """Name of the entry point in ``jupyter_client.kernel_provisioners``."""
@@ -153,6 +154,7 @@ class AttachProvisioner(KernelProvisionerBase):
         async with self._client() as client:
             # On control, because shell waits for the cell that is to be cut short.
             before = await _ask(client, "control", wait_s=1.0)
+            self._seal(False)
             await asyncio.to_thread(self._hang_up)
             try:
                 async with asyncio.timeout(_RESTART_TIMEOUT_S):
@@ -162,6 +164,13 @@ class AttachProvisioner(KernelProvisionerBase):
                 raise KernelStartError(
                     f"the session's kernel did not answer within {_RESTART_TIMEOUT_S:g} s of its restart"
                 ) from None
+            self._seal(True)
+
+    def _seal(self, sealed: bool) -> None:
+        """See :meth:`RuntimeDirectory.seal`."""
+        folder = Path(self.connection_info["ip"]).parent.parent
+        if self.connection_info["transport"] == "ipc" and folder.parent == runtime_base():
+            RuntimeDirectory(folder.name, folder).seal(sealed)
 
     async def interrupt_session(self) -> None:
         """Interrupts the running cell; returns when the kernel has taken it, at the latest after 2 s."""

@@ -23,7 +23,13 @@ from sandbox_kernel.provisioning.egress import Egress
 from sandbox_kernel.provisioning.egress_log import EgressLine
 from sandbox_kernel.provisioning.engine import MANAGED, Engine, SourceMissing, tar
 from sandbox_kernel.provisioning.memory import check_memory
-from sandbox_kernel.provisioning.network import choose_transport, network_config, port_bindings, published_ports
+from sandbox_kernel.provisioning.network import (
+    SHARED_KERNELS,
+    choose_transport,
+    network_config,
+    port_bindings,
+    published_ports,
+)
 from sandbox_kernel.provisioning.orphans import OWNER, in_its_place, sweep_in_background
 from sandbox_kernel.provisioning.process import process_identity
 from sandbox_kernel.provisioning.readiness import SocketFiles, handshake
@@ -159,6 +165,7 @@ class DockerProvisioner(SessionProvisioner):
             with SocketFiles(self._require_runtime().socket_paths()) as files:
                 await finished(engine.start, container, runtime=spec.settings.runtime)
                 await self._wait_ready(files.fresh)
+            self._seal(True)
             return self._client_info()
         await finished(engine.start, container, runtime=spec.settings.runtime)
         self._take_ports(await asyncio.to_thread(engine.inspect, container))
@@ -221,7 +228,10 @@ class DockerProvisioner(SessionProvisioner):
 
     async def restart_in_place(self) -> KernelConnectionInfo:
         if self.transport == "ipc":
-            return await super().restart_in_place()
+            self._seal(False)
+            info = await super().restart_in_place()
+            self._seal(True)
+            return info
         await self._require_alive()
         async with handshake(self.connection_info) as connection:
             await self._wait_ready(connection.up)
@@ -233,6 +243,11 @@ class DockerProvisioner(SessionProvisioner):
 
             await self._wait_ready(replaced)
         return self.connection_info
+
+    def _seal(self, sealed: bool) -> None:
+        # Another runtime's kernel may see the folder as it was a moment ago.
+        if self._require_spec().settings.runtime in SHARED_KERNELS:
+            self._require_runtime().seal(sealed)
 
     def _require_watch(self) -> Watch:
         if self._watch is None:

@@ -30,7 +30,7 @@ OWN_POOL = ipaddress.IPv4Network("198.18.0.0/15")
 """The bridges of single kernels are cut from it. The engine's own pool has 31 networks in all; this block (RFC 2544,
 for tests of network devices) is routed nowhere and holds 16,384 of eight addresses."""
 
-_SHARED_KERNELS = (None, "runc", "crun", "io.containerd.runc.v2")
+SHARED_KERNELS = (None, "runc", "crun", "io.containerd.runc.v2")
 """OCI runtimes whose containers share the host's Linux kernel, and so its Unix sockets."""
 
 _OWN_PREFIX = 29
@@ -50,7 +50,7 @@ def choose_transport(settings: Settings, engine: Engine) -> str:
     if settings.transport != "auto":
         return settings.transport
     local = sys.platform == "linux" and engine.unix and not engine.desktop and engine.shares_files is not False
-    return "ipc" if local and settings.runtime in _SHARED_KERNELS else "tcp"
+    return "ipc" if local and settings.runtime in SHARED_KERNELS else "tcp"
 
 
 def network_config(settings: Settings, transport: str, engine: Engine) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
@@ -30,6 +29,7 @@ from jupyter_core.paths import jupyter_runtime_dir, secure_write
 
 from sandbox_kernel.directory import replace_file, session_id_rule
 from sandbox_kernel.errors import ConnectionFileError, EngineError, SettingsError
+from sandbox_kernel.untrusted import remove_tree
 
 BOOT = "/opt/sandbox-kernel"
 SOCKETS = "/run/kernel"
@@ -166,6 +166,17 @@ class RuntimeDirectory:
         except OSError as exc:
             raise EngineError(f"cannot make the kernel's runtime folder {self.path}: {exc.strerror}") from exc
 
+    def seal(self, sealed: bool) -> None:
+        """Whether the folder of the sockets is the host's, once they are in it, or the kernel's, which is to make them.
+
+        Sealed, its code can neither put anything else in their place nor fill the file system, which often is the
+        machine's own ``/run``. Without effect where this user cannot give files away.
+        """
+        if os.geteuid() == 0:
+            with suppress(FileNotFoundError):  # it has just been removed
+                os.chown(self.sockets, *((0, 0) if sealed else kernel_ids()))
+                self.sockets.chmod(0o755 if sealed else 0o700)
+
     def assign(self, session_id: str) -> None:
         """Note whose kernel this has become: the labels of a spare's container cannot change."""
         replace_file(self.path / _SESSION, session_id.encode())
@@ -195,7 +206,7 @@ class RuntimeDirectory:
 
     def remove(self) -> None:
         """Remove everything; gone already is done."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_tree(self.path)
         with suppress(OSError):
             self.connection_file.unlink()
 
