@@ -43,6 +43,12 @@ def test_interrupt_and_restart_reach_a_session_that_another_process_holds(shell:
     shell("run", "-s", "conv", "-c", "x = 41")
 
 
+def test_names_that_act_on_a_terminal_are_shown_as_text(shell: Shell) -> None:
+    shell("run", "-s", "names", "-c", "globals()['\\x1b]0;owned\\x07'] = 1")
+    assert "\\x1b]0;owned\\x07" in shell("restart", "names").stderr
+    shell("stop", "names")
+
+
 def test_stopping(shell: Shell) -> None:
     for name in ("s1", "s2"):
         shell("run", "-s", name, "-c", "1")

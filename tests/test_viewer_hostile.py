@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,13 @@ def test_long_text_is_cut_in_the_middle_and_progress_bars_are_folded() -> None:
     lines = block("\n".join(map(str, range(10_000)))).split("\n")
     assert (lines[0], lines[-1], len(lines)) == ("0", "9999", 401)
     assert len(block("x" * 10**6)) < 61_000
+
+
+def test_nothing_hostile_takes_long_or_floods_the_screen() -> None:
+    began = time.monotonic()
+    assert len(block("x" * 300_000 + "\r" * 300_000 + "y", fold=True)) < 61_000
+    state = describe_state({str(n): n for n in range(50_000)} | {"imported_modules": [1] * 1_000_000})
+    assert (len(state.modules), state.module_count, len(state.facts)) == (40, 1_000_000, 51)
+    for event in ("code_execution", "other"):
+        assert len(describe({"event": event} | {str(n): n for n in range(50_000)}).facts) < 60
+    assert time.monotonic() - began < 2

@@ -21,6 +21,8 @@ _CELL = {
     "lost_names", "death", "started_at",
 }  # fmt: skip
 MAX_ROWS = 200
+MAX_FACTS = 50
+"""Unknown fields of one entry that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,9 @@ def describe(entry: dict[str, Any]) -> Item:
             item.add("note", f"{one_line(row.get('id'))}  {one_line(name)}  {size(row.get('size_bytes'))}")
         if len(artifacts) > MAX_ROWS:
             item.add("note", f"... and {len(artifacts) - MAX_ROWS} more")
-    for name, value in left.items():
+    if len(left) > MAX_FACTS:
+        item.facts.append(f"{len(left)} fields, of which the first {MAX_FACTS}:")
+    for name, value in list(left.items())[:MAX_FACTS]:
         if isinstance(value, str) and (len(value) > 200 or "\n" in value):
             item.add("output", value, fold=True)
         else:
@@ -91,9 +95,13 @@ def _cell(entry: dict[str, Any]) -> Item:
         item.add("output", text)
     item.add("error", _error(entry.get("error")))
     _notes(item, entry)
-    unknown = [name for name in entry if name not in _CELL | _CHAIN]
-    item.facts += [f"{one_line(name, 60)}={one_line(entry[name])}" for name in unknown]
+    item.facts += _facts(entry, [name for name in entry if name not in _CELL | _CHAIN])
     return item
+
+
+def _facts(entry: dict[str, Any], names: list[str]) -> list[str]:
+    facts = [f"{one_line(name, 60)}={one_line(entry[name])}" for name in names[:MAX_FACTS]]
+    return [*facts, f"... and {len(names) - MAX_FACTS} more"] if len(names) > MAX_FACTS else facts
 
 
 def _streams(entry: dict[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -194,13 +202,11 @@ def describe_state(state: dict[str, Any], *, modules: int = 40, value_lines: int
         more = [f"{one_line(k, 40)}={one_line(v, 80)}" for k, v in known.items() if k not in ("type", "value")]
         kind = one_line(known.get("type", "?"), 60)
         shown.append((one_line(name, 60), " ".join([kind, *more]), "\n".join(lines)))
-    names = [one_line(name, 80) for name in _list(state.get("imported_modules"))]
-    facts = [
-        f"{one_line(name, 60)}={one_line(value)}"
-        for name, value in state.items()
-        if name not in ("timestamp", "variables", "imported_modules", "msg_id")
-    ]
-    return State(when(state.get("timestamp")), facts, shown, len(rows) - len(shown), names[:modules], len(names))
+    imported = _list(state.get("imported_modules"))
+    names = [one_line(name, 80) for name in imported[:modules]]
+    laid_out = ("timestamp", "variables", "imported_modules", "msg_id")
+    facts = _facts(state, [name for name in state if name not in laid_out])
+    return State(when(state.get("timestamp")), facts, shown, len(rows) - len(shown), names, len(imported))
 
 
 def artifact_row(artifact: dict[str, Any]) -> tuple[str, str, str, str, str]:

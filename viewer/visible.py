@@ -63,8 +63,9 @@ def block(value: Any, *, fold: bool = False) -> str:
 def _overwrite(line: str) -> str:
     """What a terminal shows of a line with carriage returns in it."""
     shown = ""
-    for part in line.split("\r"):
-        shown = part + shown[len(part) :]
+    for part in reversed(line.split("\r")):  # each shows what the later ones leave uncovered
+        if len(part) > len(shown):
+            shown += part[len(shown) :]
     return shown
 
 

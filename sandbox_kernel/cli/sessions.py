@@ -109,11 +109,13 @@ def restart(session_id: SessionId, sessions_root: SessionsRoot = None) -> None:
 
 async def _restart(settings: Settings, session_id: str) -> None:
     from sandbox_kernel.cli.living import attachment, living
+    from viewer.visible import one_line
 
     try:
         async with living(settings, session_id) as session:
             lost = await session.restart()
-            typer.echo(f"variables gone: {', '.join(lost) or 'none'}", err=True)
+            # The names come from the kernel.
+            typer.echo(f"variables gone: {one_line(', '.join(lost), 2000) or 'none'}", err=True)
     except SessionHeld:
         await attachment(settings, session_id).restart_session()
 
@@ -137,7 +139,9 @@ def stop(
 
     failed = run_async(_stop(make_settings({"sessions_root": sessions_root}), session_ids))
     for exc in failed:
-        typer.echo(f"sandbox-kernel: {exc}", err=True)
+        from viewer.visible import visible
+
+        typer.echo(f"sandbox-kernel: {visible(str(exc))}", err=True)
     if failed:
         raise typer.Exit(exit_code(failed[0]))
 
