@@ -11,7 +11,7 @@ import logging
 import secrets as random
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,9 @@ log = logging.getLogger(__name__)
 CONFLICTS = 20
 """Attempts to get a container's name, each a few engine requests long."""
 
+NAMES_S = 2.0
+"""Longest wait for the names that a kernel to be replaced had: its container may answer as slowly as it likes."""
+
 OF_THE_CONTAINER = (
     "image", "transport", "network", "runtime", "memory_limit", "cpus", "pids_limit", "tmpfs_size", "pool_imports",
     "mask_secrets",
@@ -66,7 +69,7 @@ class Opening:
     settings: Settings
     store: ArtifactStore
     fetch_dataset: FetchDataset | None
-    secrets: Mapping[str, str]
+    secrets: Mapping[str, str] = field(repr=False)
     attach_only: bool
     """Take over what lives, and start nothing."""
     pool: Pool
@@ -219,8 +222,9 @@ async def _rename(host: DockerProvisioner) -> None:
 
 async def _known_names(workspace: Workspace) -> list[str]:
     try:
-        return sorted((await workspace.read_state()).variables)
-    except SandboxError:
+        async with asyncio.timeout(NAMES_S):
+            return sorted((await workspace.read_state()).variables)
+    except (SandboxError, TimeoutError):
         return []
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 
 
 def answer(header, body=b""):
@@ -15,6 +16,7 @@ def listing(*files, refused=(), more=False, tag="t"):
 
 LIE = sys.argv[sys.argv.index("--lie") + 1]
 ENTRY = [1, 3, 1, False]
+PAGES = 0
 
 for line in sys.stdin.buffer:
     op = json.loads(line)["op"]
@@ -24,6 +26,22 @@ for line in sys.stdin.buffer:
         sys.exit(0)
     if LIE == "no line end":
         os.write(1, b"x" * 1_000_000)
+    elif LIE == "line by the byte" or (LIE == "body by the byte" and op == "list"):
+        if LIE == "body by the byte":
+            os.write(1, b'{"size": 4000000}\n')
+        while True:
+            os.write(1, b" ")
+            time.sleep(0.05)
+    elif LIE == "file by the byte" and op == "list":
+        listing(["a.bin", 1, 1_000_000, 1, False])
+    elif LIE == "file by the byte":
+        os.write(1, b'{"size": 1000000, "ino": 1, "mtime_ns": 1}\n')
+        while True:
+            os.write(1, b"x")
+            time.sleep(0.05)
+    elif LIE == "pages without end" and op == "list":
+        PAGES += 1
+        listing([f"new{PAGES}", *ENTRY], more=True)
     elif LIE == "not json":
         os.write(1, b"hello\n")
     elif LIE == "no object":

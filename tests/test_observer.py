@@ -75,6 +75,20 @@ async def bench(tmp_path: Path, store: ArtifactStore) -> AsyncIterator[Bench]:
         yield made
 
 
+async def test_a_sweep_ends_in_time_and_the_rest_is_taken_afterwards(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sandbox_kernel.artifacts.observer.SWEEP_S", 0.0)
+    monkeypatch.setattr("sandbox_kernel.artifacts.sweep._BATCH_FILES", 10)
+    bench.observer.cell_started("m1", 1)
+    for number in range(100):
+        bench.write(str(number), str(number))
+    assert len(await bench.observer.cell_finished("m1")) == 10
+    await bench.until(lambda: not bench.files())
+    await bench.until(lambda: len(bench.created) == 100)
+    assert {artifact.msg_id for artifact in bench.created} == {"m1"}
+
+
 async def test_a_cells_files_are_ingested_and_gone_when_it_has_finished(bench: Bench) -> None:
     bench.observer.cell_started("m1", 1)
     bench.write("plot.png", b"\x89PNG\r\n\x1a\n123")

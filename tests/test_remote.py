@@ -337,12 +337,29 @@ async def test_state_and_export(place: Place, tmp_path: Path) -> None:
         assert (await spool.export(outside)).version == 2
 
 
+async def test_a_sweep_ends_in_time_and_the_rest_is_taken_afterwards(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sandbox_kernel.artifacts.remote.SWEEP_S", 0.4)
+    async with place.spool() as spool:
+        spool.cell_started("m1", 1)
+        for number in range(300):
+            (place.artifacts / f"{number}").write_text(str(number))
+        began = time.monotonic()
+        made = await spool.cell_finished("m1")
+        assert time.monotonic() - began < 5
+        assert len(made) < 300
+        await until(lambda: len(place.created) == 300, 60)
+        await until(lambda: not any(place.artifacts.iterdir()))
+        assert {artifact.msg_id for artifact in place.created} == {"m1"}
+
+
 # --- lies -------------------------------------------------------------------------------------
 
 LIES = [
     "silence", "dies", "no line end", "not json", "no object", "deep", "huge body", "negative body", "float body",
     "long number", "way out", "odd types", "endless pages", "short file", "other file", "giant file", "refusals",
-    "removes nothing", "errors",
+    "removes nothing", "errors", "line by the byte", "body by the byte", "file by the byte", "pages without end",
 ]  # fmt: skip
 
 

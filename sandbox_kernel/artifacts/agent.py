@@ -33,9 +33,10 @@ from sandbox_kernel.errors import ArtifactRefused
 __all__ = ["Agent", "AgentGone", "ByteStream", "Missing", "OpenStream", "is_plain_path"]
 
 AGENT_PATH = "/opt/sandbox-kernel/agent.py"
-BODY_LIMIT = 1 << 24
+BODY_LIMIT = 1 << 23
 FRAME_END = b"\0\0\0\0"
 FRAME_GIVE_UP = b"\xff\xff\xff\xff"
+MAX_PAGES = 200
 MAX_FILES = 100_000
 """Files of one listing; what is past them waits until some are gone."""
 _T = TypeVar("_T")
@@ -85,8 +86,7 @@ class RemoteFile:
         """Exactly ``size`` bytes. Raises AgentGone when the stream breaks."""
         left = self.size
         try:
-            while left:
-                chunk = await self._stream.read(min(left, CHUNK))
+            async for chunk in self._stream.paced(left):
                 left -= len(chunk)
                 yield chunk
             self.changed = bool((await self._stream.line()).get("changed", True))
@@ -112,19 +112,21 @@ class Agent:
     async def listing(self, tag: str | None = None) -> tuple[Listing | None, str | None]:
         """What lies below ``artifacts/`` and a tag of it; None for the listing when ``tag`` still holds."""
         files: list[RemoteFileInfo] = []
+        known: set[str] = set()
         first: str | None = None
-        while True:
+        for number in range(MAX_PAGES):
             header, told = await self._ask(_listing, op="list", skip=len(files), tag=None if files else tag)
             if told is None:
                 return None, tag
             page, refused, more = told
-            known = {file.path for file in files}
-            fresh = [file for file in page if file.path not in known]
+            fresh = [file for file in page if file.path not in known][: MAX_FILES - len(files)]
             files += fresh
-            if not known:
+            known.update(file.path for file in fresh)
+            if number == 0:
                 first = header["tag"] if isinstance(header.get("tag"), str) and not more else None
             if not more or not fresh or len(files) >= MAX_FILES:  # an agent may say "more" for ever
                 return Listing(files, refused, not more), first
+        return Listing(files, refused, False), None
 
     @asynccontextmanager
     async def get(self, path: str, *, limit: int) -> AsyncIterator[RemoteFile]:

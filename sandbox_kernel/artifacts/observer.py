@@ -16,13 +16,14 @@ from typing import TypeVar
 
 from sandbox_kernel.artifacts.intake import never
 from sandbox_kernel.artifacts.store import ArtifactStore
-from sandbox_kernel.artifacts.sweep import SweepBooks, Waiting, batches
+from sandbox_kernel.artifacts.sweep import SWEEP_S, SweepBooks, Waiting, batches
 from sandbox_kernel.artifacts.watch import FolderWatch
 from sandbox_kernel.directory import SessionDirectory
 from sandbox_kernel.errors import ArtifactError, UntrustedPath
 from sandbox_kernel.events import Artifact
 from sandbox_kernel.untrusted import (
     FOLDER,
+    MAX_REFUSALS,
     Found,
     Refusal,
     file_identity,
@@ -82,6 +83,8 @@ class Observer:
         self._dirty: dict[bytes, float] = {}
         self._sweeps = 0
         """Sweeps that wait for the lock."""
+        self._left: _Cell | None = None
+        """Whose sweep took so long that it was broken off."""
         self._looked = 0.0
         self._look = False
         """A whole scan is due: a new folder, or lost events."""
@@ -185,6 +188,13 @@ class Observer:
     async def _run(self) -> None:
         while True:
             await self._wait()
+            left, self._left = self._left, None
+            if left is not None:
+                try:
+                    await self._sweep(left, behind=True)
+                except ArtifactError as exc:
+                    _log.warning("session %s: %s", self.session_id, exc)
+                continue
             now = time.monotonic()
             look = self._look and self._looked + QUIET_S <= now
             if look:
@@ -203,6 +213,8 @@ class Observer:
     async def _wait(self) -> None:
         """Until something is due, or something new was said."""
         times = [closed + self._quiet(path) for path, closed in list(self._dirty.items())]
+        if self._left is not None:
+            times.append(0.0)
         if self._look:
             times.append(self._looked + QUIET_S)  # folder after folder must not mean scan after scan
         timeout = max(min(times) - time.monotonic(), 0.05 if self._dirty else 0) if times else None
@@ -245,7 +257,8 @@ class Observer:
             refused += self._ingest(batch, cell, ended=ended, give_up=lambda: self._sweeps > 0)
         self._tell(refused)
 
-    async def _sweep(self, cell: _Cell, *, force: bool = False) -> list[Artifact]:
+    async def _sweep(self, cell: _Cell, *, force: bool = False, behind: bool = False) -> list[Artifact]:
+        """``behind``: nobody waits for it, and it gives way to who does."""
         self._sweeps += 1  # what is being taken early gives way: the sweep takes it, and more quickly
         try:
             await self._lock.acquire()
@@ -255,7 +268,7 @@ class Observer:
             before = time.monotonic()
             self._look = False
             made: list[Artifact] = []
-            await _in_thread(lambda: self._take_all(cell, force, made))
+            await _in_thread(lambda: self._take_all(cell, force, behind, made))
             for path, closed in list(self._dirty.items()):
                 if closed < before and self._following(cell) is None:
                     self._dirty.pop(path, None)
@@ -267,7 +280,7 @@ class Observer:
         """The cell that runs now, where it is another one; it may begin while a sweep is under way."""
         return self._cell if self._running and cell is not self._cell else None
 
-    def _take_all(self, cell: _Cell, force: bool, made: list[Artifact]) -> None:
+    def _take_all(self, cell: _Cell, force: bool, behind: bool, made: list[Artifact]) -> None:
         refused: list[Refusal] = []
 
         def files(ended: bool) -> Iterator[Found]:
@@ -285,11 +298,17 @@ class Observer:
                         continue
                 yield item
 
-        for batch in batches(files(True)):
-            refused += self._ingest(batch, cell, ended=True, force=force, made=made)
-        if self._following(cell) is not None:
-            for batch in batches(files(False)):
-                refused += self._ingest(batch, cell, ended=False, made=made)
+        deadline = time.monotonic() + SWEEP_S
+        for old in (True, False):
+            if not old and self._following(cell) is None:
+                break
+            for batch in batches(files(old)):
+                refused += self._ingest(batch, cell, ended=old, force=force, made=made)[: MAX_REFUSALS - len(refused)]
+                if not force and (time.monotonic() > deadline or (behind and self._sweeps)):
+                    self._left = cell  # the task takes the rest
+                    self._rouse()
+                    self._tell(refused)
+                    return
         self._tell(refused, all_of_them=True)
 
     def _ingest(

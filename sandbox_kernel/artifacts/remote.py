@@ -30,18 +30,20 @@ from sandbox_kernel.artifacts.agent import (
 )
 from sandbox_kernel.artifacts.feeding import Cell, put_chunks
 from sandbox_kernel.artifacts.store import ArtifactStore
-from sandbox_kernel.artifacts.sweep import SweepBooks, Waiting
+from sandbox_kernel.artifacts.sweep import SWEEP_S, SweepBooks, Waiting
 from sandbox_kernel.errors import ArtifactError, ArtifactNotFound, ArtifactRefused
 from sandbox_kernel.events import Artifact
+from sandbox_kernel.snapshot import STATE_LIMIT
 from sandbox_kernel.untrusted import Refusal
 
 __all__ = ["ByteStream", "OpenStream", "RemoteSpool", "export_file"]
 
 POLL_S = 0.5
+LAST_SWEEP_S = 300.0
+"""The same of the last one, after which nothing is left to be taken."""
 QUIET_S = 1.0
 """While its cell runs a file is taken once it was closed and unchanged for QUIET_S, and for twice as long per further
 version: not each line of a log is one."""
-STATE_LIMIT = 8 * 2**20
 
 _log = logging.getLogger(__name__)
 
@@ -94,6 +96,8 @@ class RemoteSpool:
         self._inherited: dict[str, tuple[int, int, int]] | None = None
         self._began_ns = time.time_ns()
         self._launched = False
+        self._broken_off = False
+        """The last sweep took too long."""
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
         self._poller: asyncio.Task[None] | None = None
@@ -191,9 +195,10 @@ class RemoteSpool:
                 _log.warning("session %s: %s", self._session_id, exc)  # the cell's end says it to the caller
 
     def _unsettled(self) -> bool:
-        """Something was listed and neither taken nor refused: it is open, or it changed while it was read."""
+        """Something was listed and neither taken nor refused: it is open, or changed while it was read, or there was no
+        time for it."""
         known = (self._known.get(file.path) for file in self._listing.files)
-        return any(item is None or not (item.stored or item.refused) for item in known)
+        return self._broken_off or any(item is None or not (item.stored or item.refused) for item in known)
 
     def _note(self, listing: Listing | None, tag: str | None) -> None:
         if listing is not None:
@@ -209,22 +214,30 @@ class RemoteSpool:
         async with self._lock:
             refused: list[Refusal] = []
             try:
-                self._note(*await self._agent.listing(self._tag))
-                self._forget()
-                for file in self._listing.files:
-                    if self._ready(file, ended=ended, force=force):
-                        await self._take(file, cell, created, force=force)
-                if ended and not self._running:
-                    await self._remove()
+                async with asyncio.timeout(LAST_SWEEP_S if force else SWEEP_S):
+                    await self._look(cell, created, ended=ended, force=force)
                 refused += [Refusal(path, reason) for path, reason in self._listing.refused]
             except (AgentGone, ArtifactRefused) as exc:
                 self._tag = None
                 refused.append(Refusal(".", f"artifacts cannot be fetched: {exc}"))
+            except TimeoutError:
+                self._tag, self._broken_off = None, True
+            else:
+                self._broken_off = False
             finally:
                 if created:
                     self._on_created(created)
             self._tell(refused)
         return created
+
+    async def _look(self, cell: Cell, created: list[Artifact], *, ended: bool, force: bool) -> None:
+        self._note(*await self._agent.listing(self._tag))
+        self._forget()
+        for file in self._listing.files:
+            if self._ready(file, ended=ended, force=force):
+                await self._take(file, cell, created, force=force)
+        if ended and not self._running:
+            await self._remove()
 
     def _forget(self) -> None:
         """What is gone or has another content now is unknown again."""

@@ -9,6 +9,8 @@ from sandbox_kernel.events import Artifact
 from sandbox_kernel.untrusted import Found, Refusal
 
 MAX_QUIET_S = 60.0
+SWEEP_S = 30.0
+"""Longest sweep at a cell's end: its caller waits. Of very many files the rest is taken afterwards."""
 _BATCH_FILES = 1000
 _BATCH_BYTES = 512 * 2**20
 

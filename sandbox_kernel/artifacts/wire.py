@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 from sandbox_kernel.errors import ArtifactError, ArtifactRefused
 
 LINE_LIMIT = 1 << 16
 CHUNK = 1 << 18
+PACE = 1 << 18
+"""Bytes a second that an answer must come with: by ones it would hold the session for days, and never be silent."""
 HUGE = 1 << 63
 
 
@@ -81,19 +84,32 @@ class Wire:
             self._buffer = data[n:]
         return data[:n]
 
+    async def paced(self, n: int) -> AsyncIterator[bytes]:
+        """``n`` bytes in pieces; Broken when they come too slowly."""
+        loop = asyncio.get_running_loop()
+        waited, left = 0.0, n
+        while left:
+            asked = loop.time()
+            chunk = await self.read(min(left, CHUNK))
+            waited += loop.time() - asked  # not what whoever takes it makes of his time
+            left -= len(chunk)
+            if waited > self._timeout_s + (n - left) / PACE:
+                raise Broken(f"{n - left} bytes in {waited:.0f} s")
+            yield chunk
+
     async def exactly(self, n: int) -> bytes:
-        parts = []
-        while n:
-            parts.append(await self.read(min(n, CHUNK)))
-            n -= len(parts[-1])
-        return b"".join(parts)
+        return b"".join([chunk async for chunk in self.paced(n)])
 
     async def line(self, timeout: bool = True) -> dict[str, Any]:
         data = b""
-        while b"\n" not in data:
-            if len(data) > LINE_LIMIT:
-                raise Broken("a line without end")
-            data += await self.read(LINE_LIMIT, timeout)
+        try:
+            async with asyncio.timeout(self._timeout_s if timeout else None):
+                while b"\n" not in data:
+                    if len(data) > LINE_LIMIT:
+                        raise Broken("a line without end")
+                    data += await self.read(LINE_LIMIT, timeout)
+        except TimeoutError:
+            raise Broken(f"no whole line in {self._timeout_s} s") from None
         line, _, rest = data.partition(b"\n")
         self._buffer = rest + self._buffer
         told = parse(line)
