@@ -28,9 +28,9 @@ class FarEnd:
             self.sockets[name].bind(f"ipc://{self.info['ip']}-{port}")
 
     async def reached(self, kernel: Kernel) -> None:
-        kernel._open("iopub", zmq.SUB, lambda _: None)
+        kernel._open("iopub")
         for name in ("shell", "control"):
-            kernel._open(name, zmq.DEALER, lambda _: None)
+            kernel._open(name)
             kernel._channels[name].send(kernel.message("kernel_info_request"))
         for socket in self.sockets.values():
             assert await asyncio.to_thread(socket.poll, 5000), "the host's zmq threads do nothing any more"
