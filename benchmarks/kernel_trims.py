@@ -24,7 +24,18 @@ from jupyter_client.connect import KernelConnectionInfo
 
 LAUNCH = Path(__file__).parent.parent / "sandbox_kernel" / "kernel_side" / "launch.py"
 CONFIGURED = ("memory_history", "no_sleep", "quiet_streams")
-PATCHED = ("transform_once", "leave_python_alone", "see_async_by_its_words", "name_cells_faster", "keep_no_outputs")
+PATCHED = (
+    "forward_unread",
+    "busy_with_input",
+    "pack_at_once",
+    "log_no_details",
+    "remember_signatures",
+    "transform_once",
+    "leave_python_alone",
+    "see_async_by_its_words",
+    "name_cells_faster",
+    "keep_no_outputs",
+)
 STOCK = "stock"
 VARIANTS: dict[str, dict[str, Any]] = {
     STOCK: {"trims": False, "state_dir": None},

@@ -10,7 +10,7 @@ from typing import cast
 import zmq
 from jupyter_client.session import Session as WireSession
 
-from sandbox_kernel.message import Message, read_message
+from sandbox_kernel.message import Message, read_message, write_message
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Channel:
 
     def send(self, message: Message) -> None:
         try:
-            self._wire.send(self._socket, message)
+            self._socket.send_multipart(write_message(self._wire, message))
         except zmq.Again:  # a kernel that reads nothing must not stop the event loop
             log.warning("a request was dropped: a thousand wait already, and the kernel takes none")
         # The send may have consumed the edge of a message that came meanwhile.

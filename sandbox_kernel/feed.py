@@ -309,6 +309,6 @@ def _verdict(cell: Cell) -> Status:
     if said == "error" or error is not None:
         # An interrupt that nobody here asked for (Lab's Stop button) is one all the same.
         return "interrupted" if error is not None and error.name == "KeyboardInterrupt" else "error"
-    if said == "ok" or cell.idle:
+    if said == "ok" or (cell.idle and cell.running):
         return "ok"
     return "unknown"

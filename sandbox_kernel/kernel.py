@@ -26,7 +26,7 @@ from sandbox_kernel.channel import MAX_WAITING, Channel
 from sandbox_kernel.errors import ConnectionFileError, KernelGone, KernelStartError, SandboxError
 from sandbox_kernel.feed import Feed
 from sandbox_kernel.guard import Guard
-from sandbox_kernel.message import Message
+from sandbox_kernel.message import Message, new_message
 
 MAX_MESSAGE_BYTES = 256 * 2**20
 """zmq refuses a larger message and drops the connection: it would only fill the host's memory."""
@@ -252,11 +252,7 @@ class Kernel:
 
     def message(self, msg_type: str, content: Message | None = None) -> Message:
         """A new message; its ``header.msg_id`` is known before it is sent."""
-        message: Message = dict(self._wire.msg(msg_type, content=content or {}))
-        # The ids it draws count from 1 again after a restart of the kernel: a cell would be taken for an earlier one.
-        # And what cannot be guessed cannot be answered before it is sent.
-        message["msg_id"] = message["header"]["msg_id"] = secrets.token_hex(16)
-        return message
+        return new_message(self._wire, msg_type, content or {})
 
     def send_execute(self, message: Message) -> None:
         """Send an execute_request made with :meth:`message` whose cell the Feed already expects."""

@@ -136,10 +136,10 @@ class Session:
         """Run a cell and return how it ended; its line stands in the log by then.
 
         ``timeout``: seconds, ``None`` for no limit; default ``Settings.timeout_s``. A cell that fails, times out or
-        kills its kernel is a result, not an exception. Raises TypeError for code that is no ``str``, SessionClosed
-        after :meth:`stop`, KernelStartError or EngineError when there is no kernel and none can be started,
-        RecordError when the record cannot be written. Cancelling the call interrupts the cell and waits for its end,
-        as long as a timeout would: ``interrupt_grace_s``, then its kernel is started anew.
+        kills its kernel is a result, not an exception. Raises TypeError or ValueError for code that is no text,
+        SessionClosed after :meth:`stop`, KernelStartError or EngineError when there is no kernel and none can be
+        started, RecordError when the record cannot be written. Cancelling the call interrupts the cell and waits for
+        its end, as long as a timeout would: ``interrupt_grace_s``, then its kernel is started anew.
         """
         result: ExecutionResult | None = None
         async with aclosing(self._run(code, timeout, events=False)) as events:
@@ -161,6 +161,13 @@ class Session:
     def _run(self, code: str, timeout: Timeout, *, events: bool) -> AsyncGenerator[CellEvent, None]:
         if not isinstance(code, str):
             raise TypeError(f"code must be a str, not {type(code).__name__}")
+        try:
+            code.encode()
+        except UnicodeEncodeError as exc:  # no message and no file could hold it
+            raise ValueError(
+                f"code has half a surrogate pair ({code[exc.start]!a}) at position {exc.start}, which is no text; "
+                "read it as UTF-8, or with errors='replace'"
+            ) from None
         if not (timeout is None or timeout == "default" or (isinstance(timeout, (int, float)) and timeout > 0)):
             raise ValueError(f"timeout must be a number of seconds above 0 or None, not {timeout!r}")
         limit = self.settings.timeout_s if timeout == "default" else timeout

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 
 import pytest
+from IPython.core.compilerop import CachingCompiler
 from IPython.core.inputtransformer2 import TransformerManager
 from IPython.core.interactiveshell import InteractiveShell
-from launched import Launched, launched
+from launched import Launched, launched, wait_for
 
 from sandbox_kernel.kernel_side import trims
 
@@ -50,6 +52,7 @@ class Shell:
 
     def __init__(self) -> None:
         self.input_transformer_manager = TransformerManager()
+        self.compile = CachingCompiler()
         self.autoawait = True
         self.should_run_async = lambda raw, **kwargs: InteractiveShell.should_run_async(self, raw, **kwargs)
 
@@ -59,6 +62,20 @@ def test_a_cell_is_transformed_as_ever(cell: str) -> None:
     shell = Shell()
     trims.leave_python_alone(shell, None)
     assert shell.input_transformer_manager.transform_cell(cell) == TransformerManager().transform_cell(cell)
+
+
+def test_a_tree_is_given_once_and_only_for_what_was_parsed() -> None:
+    shell, cell = Shell(), "x = 1\ny = [x]\n"
+    trims.leave_python_alone(shell, None)
+    shell.input_transformer_manager.transform_cell(cell)
+    other = shell.compile.ast_parse("x = 2\n", filename="f")
+    shell.input_transformer_manager.transform_cell(cell)
+    trees = [shell.compile.ast_parse(cell, filename="f") for _ in range(2)]
+    assert trees[0] is not trees[1]
+    assert ast.dump(other) == ast.dump(ast.parse("x = 2\n"))
+    assert {ast.dump(tree, include_attributes=True) for tree in trees} == {
+        ast.dump(ast.parse(cell), include_attributes=True)
+    }
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -92,6 +109,42 @@ def test_a_trim_that_no_longer_fits_is_left_out_and_said() -> None:
     said: list[str] = []
     trims.apply(object(), object(), ["transform_once", "leave_python_alone"], said.append)
     assert [line.split(",")[0] for line in said] == ["trim transform_once left out", "trim leave_python_alone left out"]
+
+
+def test_messages_are_packed_as_ever(kernel: Launched) -> None:
+    # What is no JSON, a lone surrogate, a request's header that repeats; and ids that tell one request from the next.
+    text = kernel.printed(
+        "k = get_ipython().kernel\n"
+        "from jupyter_client.session import json_packer\n"
+        "import datetime, warnings; warnings.simplefilter('ignore')\n"
+        "when = datetime.datetime(2026, 1, 1)\n"
+        "odd = [{'a': {1}}, {'d': when}, {1: 'é', 'x': float('inf')}, 'text', {}]\n"
+        "print([k.session.pack(o) == json_packer(o) for o in odd])"
+    )
+    assert text == "[True, True, True, True, True]\n"
+    parents = {message["parent_header"]["msg_id"] for _ in range(3) for message in kernel.run("1")[1]}
+    assert len(parents) == 3
+
+
+def test_an_unsigned_request_is_not_run(kernel: Launched) -> None:
+    session = kernel.client.session
+    key, session.key = session.key, b"another"
+    kernel.client.execute("forged = True")
+    session.key = key
+    assert kernel.printed("print('forged' in dir())") == "False\n"
+
+
+def test_subshells_still_get_their_cells(kernel: Launched) -> None:
+    client = kernel.client
+    client.session.send(client.control_channel.socket, "create_subshell_request", {})
+    subshell = client.get_control_msg(timeout=10)["content"]["subshell_id"]
+    request = client.session.msg("execute_request", {"code": "import threading; where = threading.current_thread()"})
+    request["header"]["subshell_id"] = subshell
+    client.shell_channel.send(request)
+    wait_for(lambda: "True" in kernel.printed("print('where' in dir())"), "the subshell's cell")
+    assert kernel.printed("import threading\nprint(where is threading.main_thread())") == "False\n"
+    client.session.send(client.control_channel.socket, "delete_subshell_request", {"subshell_id": subshell})
+    assert client.get_control_msg(timeout=10)["content"]["status"] == "ok"
 
 
 def test_output_is_complete_when_the_cell_ends(kernel: Launched) -> None:

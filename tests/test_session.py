@@ -155,10 +155,12 @@ class TestCells:
         assert [result.status for result in results] == ["ok", "error", "ok", "ok"]
         assert (await shared.execute("order")).result == "[0, 1, 2, 3]"
 
-    async def test_not_a_string_is_refused_and_not_logged(self, shared: Session) -> None:
+    async def test_what_is_no_text_is_refused_and_not_logged(self, shared: Session) -> None:
         before = len(events(shared))
         with pytest.raises(TypeError, match="bytes"):
             await shared.execute(b"x = 1")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"surrogate pair .* at position 5"):
+            await shared.execute("x = '\ud800'")
         with pytest.raises(ValueError, match="timeout"):
             await shared.execute("1", timeout=-1)
         assert len(events(shared)) == before

@@ -1,14 +1,17 @@
 """``cells.jsonl``: what the kernel itself knows of its cells, for a host process that was not there to see.
 
 One line when a cell starts (``msg_id, session, username, execution_count, started_at, code``) and one when it has ended
-(the same plus ``status``, ``ename``, ``evalue``, ``ended_at``). Each line is one ``write`` of one process. A line with
-``status`` is an end; a cell with none was running when the kernel or the machine died.
+(the same plus ``status``, ``ename``, ``evalue``, ``ended_at``). Lines are written whole, by one process. A line with
+``status`` is an end; a cell with none was running when the kernel or the machine died, or ended within the last
+milliseconds before.
 """
 
+import contextlib
 import json
 import os
+from collections import deque
 from datetime import datetime, timezone
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Deque, Dict, Optional
 
 from .describe import clean
 
@@ -62,11 +65,18 @@ class Journal:
 
     def __init__(self, folder: str) -> None:
         self.path = os.path.join(folder, "cells.jsonl")
+        self.waiting: Deque[Dict[str, Any]] = deque()
+        """Entries that have no line yet: some can wait until nobody waits for a reply."""
         self.too_long = False
 
-    def append(self, entry: Dict[str, Any]) -> None:
-        """Raises OSError."""
-        line = json.dumps(entry).encode("ascii") + b"\n"
+    def write(self) -> None:
+        """Write what waits, at once. Raises OSError, ValueError; then it is lost."""
+        line = b""
+        with contextlib.suppress(IndexError):  # another thread's cell may have taken the last one
+            while self.waiting:
+                line += json.dumps(self.waiting.popleft()).encode("ascii") + b"\n"
+        if not line:
+            return
         descriptor = os.open(self.path, APPEND, 0o644)
         try:
             os.write(descriptor, line)

@@ -2,16 +2,17 @@
 
 An IPython extension, loaded by ``launch.py``. It wraps three methods of this one kernel object (nothing global):
 
-- ``dispatch_shell``: when the original has returned, reply and idle are on their way; the cell's end goes to the
-  journal and a timer is armed. The next request disarms it.
+- ``dispatch_shell``: when the original has returned, reply and idle are on their way; a timer is armed. The next
+  request disarms it.
 - the ``execute_request`` handler and ``finish_metadata``: who asked for which cell, and how it ended.
 
-The timer's tick describes the namespace in small slices, gives way to a request that arrives meanwhile, and runs
-regardless when the state file has lagged for a second. Nothing here raises into a cell: a folder that cannot be
-written costs one line in the container's log.
+The timer's tick writes the cell's end to the journal (else the next cell's start does). Then it describes the namespace
+in small slices, gives way to a request that arrives meanwhile, and runs regardless when the state file has lagged for a
+second. Nothing here raises into a cell: a folder that cannot be written costs one line in the container's log.
 """
 
 import asyncio
+import atexit
 import contextlib
 import json
 import os
@@ -149,6 +150,7 @@ class Hook:
         kernel.shell_handlers["execute_request"] = execute_request
         kernel.finish_metadata = finish_metadata
         shell.run_code = run_code_watched
+        atexit.register(self._write_journal)
         self.writer.start()
         self._write([], 0)
 
@@ -165,10 +167,11 @@ class Hook:
     def _cell_started(self, parent: Dict[str, Any]) -> None:
         cell = Cell(parent, self.kernel.execution_count, self.describer.hide)
         _cell.set(cell)
-        self._note(cell.entry)
+        self.journal.waiting.append(cell.entry)
+        self._write_journal()
 
     def _cell_ended(self, cell: Cell) -> None:
-        self._note(cell.ended())
+        self.journal.waiting.append(cell.ended())  # written by the timer's tick, or with the next cell's start
         count = cell.entry["execution_count"] or self.last["execution_count"]
         self.last = {"execution_count": count, "msg_id": cell.entry["msg_id"]}
         result = getattr(self.shell, "last_execution_result", None)
@@ -178,9 +181,9 @@ class Hook:
         if self.lagging_since is None:
             self.lagging_since = time.monotonic()
 
-    def _note(self, entry: Dict[str, Any]) -> None:
+    def _write_journal(self) -> None:
         try:
-            self.journal.append(entry)
+            self.journal.write()
         except (OSError, ValueError) as exc:
             say(f"cannot write {self.journal.path}: {exc}")
 
@@ -213,6 +216,7 @@ class Hook:
     def _tick(self) -> None:
         if self.busy or self.lagging_since is None:
             return
+        self._write_journal()
         overdue = time.monotonic() - self.lagging_since > LAG_S
         until = time.perf_counter() + SLICE_S
         try:

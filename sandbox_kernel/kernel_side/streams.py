@@ -1,0 +1,101 @@
+"""The kernel's stdout and stderr; imported when ipykernel makes them (trim ``quiet_streams``)."""
+
+import codecs
+import os
+import select
+import sys
+import threading
+import time
+from typing import Any
+
+from ipykernel.iostream import OutStream
+
+UNSENT = 256 * 1024
+"""Characters that a stream holds back at most."""
+BURST, PER_SECOND = 16 * 2**20, 32 * 2**20
+"""Characters that may be printed at once, and in the long run. What is printed faster than a client reads zmq queues
+without end, and cannot tell: a loop of prints would end at the container's memory limit."""
+
+
+class QuietStream(OutStream):  # type: ignore[misc, unused-ignore]
+    """ipykernel's stream with four differences.
+
+    ``flush()`` returns at once when nothing is buffered, saving two hops to the iopub thread; what a child process
+    or C code wrote to the descriptor before is flushed too, so that it is this cell's and not an afterthought; and
+    a lone surrogate, which no message can carry, is printed as its escape instead of losing the whole message; and
+    whoever prints faster than the iopub thread sends waits for it: the buffer, and so a message, is bounded, where
+    ``while True: print(...)`` would fill the container's memory in seconds.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._flushing = False
+        self._unsent = 0
+        self._credit, self._credited = float(BURST), 0.0
+        self._pipe_lock = threading.Lock()
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        super().__init__(*args, **kwargs)
+
+    def flush(self) -> None:
+        fid = getattr(self, "_fid", None)
+        # Not in a forked child: the pipe is its parent's, and the lock may have been held at the fork.
+        if fid is not None and getattr(self, "_should_watch", False) and self._is_master_process():
+            with self._pipe_lock:
+                self._take(fid)
+                rest = self._decode(b"", True)
+                if rest:
+                    super().write(rest)
+        # In this order: the iopub thread raises the flag before it empties the buffers, and lowers it when what was
+        # in them is in its queue. Without the flag the cell's idle message could get there first.
+        if self.echo is None and getattr(self, "_buffers", True) == {} and not self._flushing:
+            return
+        super().flush()
+
+    def _flush(self) -> None:
+        self._flushing = True
+        self._unsent = 0
+        try:
+            super()._flush()
+        finally:
+            self._flushing = False
+
+    def write(self, string: str) -> Any:
+        if isinstance(string, str) and not string.isascii():
+            string = string.encode("utf-8", "backslashreplace").decode("utf-8")
+        written = super().write(string)
+        self._unsent += len(string)
+        if self._unsent > UNSENT and self._is_master_process():
+            self._pace(self._unsent)
+            self.flush()
+        return written
+
+    def _pace(self, size: int) -> None:
+        now = time.monotonic()
+        self._credit = min(BURST, self._credit + (now - self._credited) * PER_SECOND) - size
+        self._credited = now
+        if self._credit < 0:
+            time.sleep(-self._credit / PER_SECOND)
+
+    def _take(self, fid: int) -> None:
+        """What is in the pipe now; the lock is held, so that flush and the watching thread keep the order."""
+        while True:
+            try:
+                data = os.read(fid, 65536)
+            except BlockingIOError:
+                return
+            if not data:
+                return
+            super().write(self._decode(data))
+            os.write(self._original_stdstream_copy, data)
+
+    def _watch_pipe_fd(self) -> None:
+        fid = self._fid
+        if fid is None:
+            return
+        os.set_blocking(fid, False)
+        try:
+            while self._should_watch:
+                select.select([fid], [], [])
+                with self._pipe_lock:
+                    self._take(fid)
+        except Exception:
+            self._exc = sys.exc_info()
