@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +219,11 @@ def _count(db: sqlite3.Connection, usage: dict[str, int]) -> None:
     )
 
 
+_texts_and_numbers = itemgetter(*_FIELDS[:-1])
+
+
 def _values(artifact: Artifact) -> tuple[Any, ...]:
-    return (*(getattr(artifact, name) for name in _FIELDS[:-1]), artifact.created_at.isoformat())
+    return (*_texts_and_numbers(artifact.__dict__), artifact.created_at.isoformat())
 
 
 def _artifact(row: tuple[Any, ...]) -> Artifact:
