@@ -124,7 +124,7 @@ async def assemble(
         spool_dir=opening.store.root / "tmp",
         on_started=ledger.started,
         on_finished=ledger.finished,
-        on_late=ledger.late,
+        on_late=ledger.late.add,
     )
     lifecycle = Lifecycle(
         opening.session_id,

@@ -17,20 +17,16 @@ from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.errors import ArtifactError, RecordError, SandboxError, SessionClosed
 from sandbox_kernel.events import Artifact, ArtifactCreated, ExecutionResult, Finished, timestamp
 from sandbox_kernel.feed import OWN_ORIGIN, Cell
+from sandbox_kernel.late import LateOutput
 from sandbox_kernel.masking import Masker
 from sandbox_kernel.outputs import Output, for_log
 from sandbox_kernel.record import NoRecorder, Recorder
 
 log = logging.getLogger(__name__)
 
-LATE_QUIET_S = 0.3
-"""Late output (of threads) is gathered for so long, then logged; or with the next line of the log."""
 METADATA_AFTER_S = 0.001
 """``session_metadata.json`` has a cell's number so soon after its line is in the log, unless cell follows cell."""
 METADATA_EVERY_S = 0.05
-LATE_LIMIT = 64_000
-LATE_KEYS = 64
-"""Cells and streams told apart in one such batch."""
 ARTIFACTS_PER_LINE = 1_000
 """In one ``artifacts_created``: a path may be 16 kB long, and no line may be longer than readers take."""
 FEW = 20
@@ -62,10 +58,7 @@ class Ledger:
         self._task: asyncio.Task[None] | None = None
         self._current: Cell | None = None
         self._held: list[Artifact] | None = None
-        self._late: dict[tuple[str | None, int | None, str], list[str]] = {}
-        self._late_size = 0
-        self._late_dropped = 0
-        self._late_timer: asyncio.TimerHandle | None = None
+        self.late = LateOutput(self.append, self.masked)
         self._written = 0.0
         self._refusals, self._refilled = float(REFUSALS), 0.0
         self._untold = 0
@@ -88,7 +81,7 @@ class Ledger:
         self._queue.put_nowait(None)
         if self._task is not None:
             await self._task
-        self.flush_late()
+        self.late.flush()
         self._tell_the_rest()
         for waiting in self.results.values():
             if not waiting.done():
@@ -163,34 +156,6 @@ class Ledger:
         if untold:
             self.append("artifact_refused", path="...", reason=f"and {untold} more")
 
-    def late(self, msg_id: str | None, execution_count: int | None, name: str, text: str) -> None:
-        """Output that came after its cell had ended: gathered, then one line per cell and stream."""
-        key = (msg_id, execution_count, name)
-        if self._late_size < LATE_LIMIT and (key in self._late or len(self._late) < LATE_KEYS):
-            self._late.setdefault(key, []).append(text[:LATE_LIMIT])
-            self._late_size += len(text)
-        else:  # a thread that prints without end must not fill the disk
-            self._late_dropped += len(text)
-        if self._late_timer is None:
-            self._late_timer = asyncio.get_running_loop().call_later(LATE_QUIET_S, self.flush_late)
-
-    def flush_late(self) -> None:
-        if self._late_timer is not None:
-            self._late_timer.cancel()
-            self._late_timer = None
-        late, self._late, self._late_size = self._late, {}, 0
-        dropped, self._late_dropped = self._late_dropped, 0
-        more = {"characters_left_out": dropped} if dropped else {}
-        for (msg_id, execution_count, name), texts in late.items():
-            self.append(
-                "output_after_cell",
-                msg_id=msg_id,
-                execution_count=execution_count,
-                name=name,
-                text=self.masked("".join(texts)),
-                **more,
-            )
-
     # -- lines -----------------------------------------------------------------------------
 
     def append(self, event: str, /, **fields: Any) -> None:
@@ -244,7 +209,7 @@ class Ledger:
                 output_artifacts=spooled,
                 **self.notes.pop(cell.msg_id, {}),
             )
-            self.flush_late()
+            self.late.flush()
             await self._write(result, cell, lost)
         finally:
             held, self._held = self._held or [], None
@@ -378,12 +343,4 @@ class Ledger:
         return text if self._mask is None else self._mask(text)
 
     def masked_tree(self, value: Any) -> Any:
-        if self._mask is None:
-            return value
-        if isinstance(value, str):
-            return self._mask(value)
-        if isinstance(value, dict):
-            return {self.masked(str(key)): self.masked_tree(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.masked_tree(item) for item in value]
-        return value
+        return value if self._mask is None else self._mask.tree(value)

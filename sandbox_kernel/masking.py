@@ -6,7 +6,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import quote, quote_plus
 
 from sandbox_kernel.errors import SettingsError
@@ -44,6 +44,14 @@ class Masker:
 
     def __call__(self, text: str) -> str:
         return self._pattern.sub(MASK, text)
+
+    def tree(self, value: Any) -> Any:
+        """A JSON value with all of its texts masked, keys too."""
+        if isinstance(value, str):
+            return self(value)
+        if isinstance(value, dict):
+            return {self(str(key)): self.tree(item) for key, item in value.items()}
+        return [self.tree(item) for item in value] if isinstance(value, list) else value
 
     def stream(self, file: BinaryIO) -> Iterator[bytes]:
         """The UTF-8 text of ``file``, masked, in pieces; a value across two of them is masked too."""
