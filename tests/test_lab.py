@@ -353,6 +353,7 @@ async def test_a_blocking_manager_attaches_restarts_and_detaches(
         finally:
             client.stop_channels()
             manager.shutdown_kernel()
+            asyncio.get_event_loop().close()  # jupyter_core made one for this thread, and leaves it to the collector
 
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     async with running(tmp_path, "conv", **settings) as kernel:
