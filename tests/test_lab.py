@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
 import os
 import re
@@ -353,12 +354,13 @@ async def test_a_blocking_manager_attaches_restarts_and_detaches(
         finally:
             client.stop_channels()
             manager.shutdown_kernel()
-            asyncio.get_event_loop().close()  # jupyter_core made one for this thread, and leaves it to the collector
+            asyncio.get_event_loop().close()  # jupyter_core made it for this context, and leaves it to the collector
 
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     async with running(tmp_path, "conv", **settings) as kernel:
         await kernel.run("kept = 1")
-        assert await asyncio.to_thread(use, write_kernelspec(kernel.target, tmp_path).name) == "ok"
+        name = write_kernelspec(kernel.target, tmp_path).name
+        assert await asyncio.to_thread(contextvars.Context().run, use, name) == "ok"
         assert await kernel.eval("kept") == "NameError"
         assert await kernel.eval("blocking") == "1"
 

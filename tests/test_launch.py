@@ -46,11 +46,6 @@ def test_a_restart_gives_a_fresh_kernel_and_kills_everything_the_old_one_started
     assert kernel.process.poll() is None
 
 
-def test_a_restart_is_fast(kernel: Launched) -> None:
-    times = sorted(kernel.restart() for _ in range(5))
-    assert times[2] < 1.0, times  # about 0.1 s on an idle machine; a cold start imports for 0.3 s
-
-
 @needs_curve
 def test_a_restart_reads_keys_and_options_again(kernel: Launched) -> None:
     public, secret = zmq.curve_keypair()
