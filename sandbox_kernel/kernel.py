@@ -1,6 +1,6 @@
 """A running kernel, whoever launched it: its sockets, the requests we send, the Feed that reads.
 
-Wire format, signatures and CurveZMQ keys are those of jupyter_client (its ``Session`` does the packing). The sockets
+Wire format, signatures and CurveZMQ keys are those of jupyter_client (its ``Session`` signs). The sockets
 are our own, read from the event loop without a thread per channel. What the host has no room for waits in the kernel,
 whose iopub socket has no limit (``kernel_side/launch.py``): nothing it publishes is dropped.
 

@@ -252,16 +252,22 @@ def small_disk(tmp_path: Path) -> Any:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+def fill(disk: Path) -> Path:
+    """The file that takes all the room there is."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    return ballast
+
+
 def test_a_full_disk_leaves_the_log_whole_and_loses_no_finished_cell(small_disk: Path) -> None:
     directory = SessionDirectory(small_disk, "conv")
     directory.create(os.getuid(), os.getgid())
     record = Recorder.open(directory)
     record.started("abc", None)
     record.accept("m1", "1")
-    ballast = small_disk / "ballast"
-    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(b"x" * 4096)
+    ballast = fill(small_disk)
     with pytest.raises(RecordFull, match=r"session\.log"):
         record.finish("m1", status="ok", stdout="y" * 30_000)
     assert [entry["event"] for entry in events(directory)] == ["session_started"]
@@ -282,10 +288,7 @@ def test_cells_that_end_while_the_disk_is_full_are_all_written_later(small_disk:
     record = Recorder.open(directory)
     record.started("abc", None)
     record.accept("ours", "1")
-    ballast = small_disk / "ballast"
-    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(b"x" * 4096)
+    ballast = fill(small_disk)
     for msg_id in ("ours", "theirs", "ours", "more", "more"):
         with pytest.raises(RecordFull):
             record.finish(msg_id, code="1", status="ok", stdout="y" * 10_000)
@@ -305,10 +308,7 @@ def test_what_waits_for_the_disk_is_bounded(small_disk: Path, monkeypatch: pytes
     record = Recorder.open(directory)
     record.started("abc", None)
     record.accept("ours", "1")
-    ballast = small_disk / "ballast"
-    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(b"x" * 4096)
+    ballast = fill(small_disk)
     for msg_id in [*map(str, range(10)), "ours"]:
         with pytest.raises(RecordFull):
             record.finish(msg_id, code="1", status="ok", stdout="y" * 6_000)
