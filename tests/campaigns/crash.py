@@ -17,7 +17,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import docker
@@ -113,7 +114,7 @@ class Campaign:
         process = self.processes.Process(target=live, args=(plan, theirs))
         await asyncio.to_thread(process.start)
         theirs.close()
-        with closing(ours):
+        with closing(ours), closing(process), _killed(process):
             reached = -2
             deadline = time.monotonic() + 60
             while reached not in (step, -1):
@@ -132,9 +133,6 @@ class Campaign:
                     self.problems.append(f"{plan.session_id}: a second manager was let in while the first lives")
                 except SessionHeld:
                     self.refused += 1
-            process.kill()
-            await asyncio.to_thread(process.join)
-            process.close()
 
     def end_container(self, folder: Path, *, remove: bool) -> None:
         """The container dies as well."""
@@ -182,10 +180,12 @@ class Campaign:
                 for number in range(rounds // LANES + (index < rounds % LANES)):
                     await self.round(index, number, manager, chances[index])
 
-            await asyncio.gather(*map(lane, range(LANES)))
-            removed = await manager.gc(all=True)
+            try:
+                await asyncio.gather(*map(lane, range(LANES)))
+            finally:  # after Ctrl-C too
+                removed = await manager.gc(all=True)
+                self.store.close()
         print(f"gc: {len(removed)} things removed")
-        self.store.close()
 
     def left(self) -> dict[str, int]:
         """What is left of the campaign on the machine after ``gc --all``."""
@@ -208,6 +208,16 @@ class Campaign:
         }
 
 
+@contextmanager
+def _killed(process: multiprocessing.process.BaseProcess) -> Iterator[None]:
+    """By SIGKILL, whatever happens: it waits for nothing else."""
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=200)
@@ -218,7 +228,11 @@ def main() -> int:
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="crash-"))
     campaign = Campaign(folder / "sessions", seed)
-    asyncio.run(campaign.run(arguments.rounds))
+    try:
+        asyncio.run(campaign.run(arguments.rounds))
+    except KeyboardInterrupt:
+        print(f"stopped after {campaign.rounds} rounds; their containers are removed, their sessions are in {folder}")
+        return 130
     took = time.monotonic() - began
     left = campaign.left()
     totals = {

@@ -176,7 +176,11 @@ def main() -> int:
     soak.engine.ping()
     threads, open_before = set(threading.enumerate()), descriptors()
     began = time.monotonic()
-    asyncio.run(soak.run(arguments.sessions, arguments.at_once))
+    try:
+        asyncio.run(soak.run(arguments.sessions, arguments.at_once))
+    except KeyboardInterrupt:
+        print(f"stopped; the sessions are ended, their folders are in {folder}")
+        return 130
     took = time.monotonic() - began
     gc.collect()
     return report(soak, folder, threads, open_before, took)
