@@ -104,6 +104,11 @@ def test_a_hostile_namespace_is_described_and_works(kernel: Launched) -> None:
     assert kernel.printed("print(3)") == "3\n"
 
 
+def test_an_empty_namespace_is_described(fresh: Launched) -> None:
+    assert fresh.state_of("x = 1")["variables"]
+    assert fresh.state_of("globals().clear()")["variables"] == {}
+
+
 def test_changes_in_place_are_seen(kernel: Launched) -> None:
     assert kernel.state_of("items = [1]; t = (items,)")["variables"]["t"]["value"] == "([1],)"
     assert kernel.state_of("items.append(2)")["variables"]["t"]["value"] == "([1, 2],)"

@@ -114,6 +114,23 @@ class TestCells:
             ("\n".join(f"v{n} = {n}" for n in range(5000)) + "\nv4999", "ok", lambda r: r.result == "4999"),
             ("%no_such_magic", "error", lambda r: "no_such_magic" in r.stderr),
             ("raise SystemExit(3)", "error", lambda r: r.error.name == "SystemExit"),
+            (
+                "import os\nif os.fork() == 0:\n    print('child'); raise SystemExit(3)\nos.wait()[1] >> 8",
+                "ok",
+                lambda r: r.result == "3" and r.stdout == "child\n",
+            ),
+            ("import os\nif os.fork() == 0: print('child'); 1 / 0\nos.wait()[1] >> 8", "ok", lambda r: r.result == "1"),
+            (
+                "try: 1 / 0\nexcept Exception as e: raise ExceptionGroup('two', [OSError('a'), KeyError('b')]) from e",
+                "error",
+                lambda r: all(name in r.error.traceback for name in ("ZeroDivision", "OSError: a", "KeyError: 'b'")),
+            ),
+            (
+                "import sys\nclass Tee:\n    def write(self, text): pass\nsys.stdout = Tee()",
+                "ok",
+                lambda r: "sys.stdout cannot be flushed (AttributeError)" in r.stderr,
+            ),
+            ("import sys; del sys.stderr", "ok", lambda r: "sys.stderr cannot be flushed" in r.stderr),
         ],
         ids=lambda value: repr(value)[:30] if isinstance(value, str) else "",
     )
@@ -147,6 +164,18 @@ class TestCells:
         await shared.execute("1")
         (late,) = [e for e in events(shared) if "from the thread\n" in (e.get("text"), e.get("stdout"))]
         assert late["msg_id"] == result.msg_id
+
+    async def test_what_a_thread_prints_is_its_cells_also_while_another_runs(self, shared: Session) -> None:
+        first = await shared.execute(
+            "import threading, concurrent.futures\ngo = threading.Event()\n"
+            "thread = threading.Thread(target=lambda: (go.wait(), print('from before')))\nthread.start()\n"
+            "pool = concurrent.futures.ThreadPoolExecutor(1)\npool.submit(print, 'pooled').result()"
+        )
+        second = await shared.execute("go.set(); thread.join(); pool.submit(print, 'pooled').result(); print('own')")
+        assert (first.stdout, second.stdout) == ("pooled\n", "pooled\nown\n")
+        await until(lambda: [e for e in events(shared) if e.get("text") == "from before\n"])
+        (late,) = [e for e in events(shared) if "from before" in str(e.get("text", e.get("stdout")))]
+        assert late["msg_id"] == first.msg_id
 
     async def test_concurrent_calls_queue_and_a_failure_aborts_none(self, shared: Session) -> None:
         await shared.execute("order = []")

@@ -29,6 +29,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 from . import trims
 from .cells import Cell, Journal, now, replace
 from .describe import SMALL, clean, is_kind
+from .endings import Endings
 from .imports import Imports
 from .libraries import LibraryDescriber
 
@@ -264,7 +265,7 @@ class Hook:
                 yield
         fragments: List[str] = []
         cache: Dict[str, Tuple[Any, str]] = {}
-        size = 0
+        size, value = 0, None
         for i, name in enumerate(names[-KEPT:]):
             value = namespace.get(name)
             cached = self.cache.get(name)
@@ -331,6 +332,7 @@ def load_ipython_extension(shell: Any) -> None:
     kernel = getattr(shell, "kernel", None)
     options = shell.config.SandboxHook if kernel is not None else {}
     trims.apply(shell, kernel, options.get("trims", False), say)
+    Endings(shell).install()
     if options.get("state_dir"):
         try:
             hook = Hook(shell, kernel, options["state_dir"], options["mask_secrets"], options.get("secrets", []))

@@ -6,7 +6,8 @@ import select
 import sys
 import threading
 import time
-from typing import Any
+import types
+from typing import Any, Dict, Tuple
 
 from ipykernel.iostream import OutStream
 
@@ -18,13 +19,14 @@ without end, and cannot tell: a loop of prints would end at the container's memo
 
 
 class QuietStream(OutStream):  # type: ignore[misc, unused-ignore]
-    """ipykernel's stream with four differences.
+    """ipykernel's stream with five differences.
 
     ``flush()`` returns at once when nothing is buffered, saving two hops to the iopub thread; what a child process
     or C code wrote to the descriptor before is flushed too, so that it is this cell's and not an afterthought; and
     a lone surrogate, which no message can carry, is printed as its escape instead of losing the whole message; and
     whoever prints faster than the iopub thread sends waits for it: the buffer, and so a message, is bounded, where
-    ``while True: print(...)`` would fill the container's memory in seconds.
+    ``while True: print(...)`` would fill the container's memory in seconds; and what a thread of a cell's own code
+    prints is that cell's, also while a later one runs.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -33,7 +35,24 @@ class QuietStream(OutStream):  # type: ignore[misc, unused-ignore]
         self._credit, self._credited = float(BURST), 0.0
         self._pipe_lock = threading.Lock()
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._newest: Any = {}
+        self._threads: Dict[int, Tuple[threading.Thread, Any]] = {}
         super().__init__(*args, **kwargs)
+
+    @property
+    def _parent_header_global(self) -> Any:
+        """The request that a thread's output belongs to; ipykernel asks in threads only, and takes the newest."""
+        _, header = self._threads.get(id(threading.current_thread()), (None, None))
+        return self._newest if header is None else header
+
+    @_parent_header_global.setter
+    def _parent_header_global(self, header: Any) -> None:
+        """A request begins: a thread that was not there when the one before began was started by that."""
+        threads, known = threading.enumerate(), self._threads
+        if len(threads) != len(known) or not all(id(thread) in known for thread in threads):
+            new = [(thread, self._newest if _is_a_cells(thread) else None) for thread in threads]
+            self._threads = {id(thread): known.get(id(thread), (thread, header)) for thread, header in new}
+        self._newest = header
 
     def flush(self) -> None:
         fid = getattr(self, "_fid", None)
@@ -99,3 +118,12 @@ class QuietStream(OutStream):  # type: ignore[misc, unused-ignore]
                     self._take(fid)
         except Exception:
             self._exc = sys.exc_info()
+
+
+def _is_a_cells(thread: threading.Thread) -> bool:
+    """Whether a thread runs a cell's own code. A pool's worker does not: it works for whichever cell asks."""
+    own = object.__getattribute__(thread, "__dict__")
+    run = own.get("_target") or own.get("function")  # a Timer's
+    run = run.__func__ if type(run) is types.MethodType else run
+    home = run.__module__ if type(run) is types.FunctionType else type.__getattribute__(type(thread), "__module__")
+    return type(home) is str and home == "__main__"
