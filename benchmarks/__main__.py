@@ -43,6 +43,9 @@ async def _run(
             failures += 1
             continue
         for one in rows:
+            if not one.ours:
+                print(f"  {one.row}, {one.baseline_name}: left out, {one.note}", file=sys.stderr, flush=True)
+                continue
             ratio = f"{one.ratio:.3f} x" if one.ratio is not None else f"{one.median:.4g}"
             print(f"  {one.row}: {ratio} {'' if one.met is not False else 'MISSED'}", file=sys.stderr, flush=True)
         found += rows

@@ -20,6 +20,7 @@ class Measurement:
     row: str
     unit: str
     ours: list[float]
+    """Empty where it was left out: ``note`` says why."""
     baseline: list[float] = field(default_factory=list)
     baseline_name: str = ""
     target: float | None = None
@@ -37,13 +38,13 @@ class Measurement:
 
     @property
     def ratio(self) -> float | None:
-        """Median to median; None without a baseline."""
+        """Median to median; None without a baseline, or where it was left out."""
         return self.median / statistics.median(self.baseline) if self.baseline else None
 
     @property
     def met(self) -> bool | None:
-        """None where no target is set."""
-        if self.target is None:
+        """None where no target is set, or where it was left out."""
+        if self.target is None or not self.ours:
             return None
         value = self.median if self.ratio is None else self.ratio
         return value >= self.target if self.at_least else value <= self.target
@@ -52,8 +53,8 @@ class Measurement:
         return {
             "row": self.row,
             "unit": self.unit,
-            "median": self.median,
-            "p95": self.p95,
+            "median": self.median if self.ours else None,
+            "p95": self.p95 if self.ours else None,
             "repetitions": len(self.ours),
             "baseline": self.baseline_name or None,
             "baseline_median": statistics.median(self.baseline) if self.baseline else None,

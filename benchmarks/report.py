@@ -59,6 +59,9 @@ def markdown(measurements: list[Measurement], about: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in measurements:
+        if not one.ours:
+            lines.append(f"| {one.row} | – | – | 0 | {one.baseline_name} | – | – | {_target(one)} | left out |")
+            continue
         base = _value(statistics.median(one.baseline), one.unit) if one.baseline else "–"
         ratio = f"{one.ratio:.3f} ×" if one.ratio is not None else "–"
         met = {True: "yes", False: "**no**", None: "–"}[one.met]
@@ -66,7 +69,7 @@ def markdown(measurements: list[Measurement], about: dict[str, Any]) -> str:
             f"| {one.row} | {_value(one.median, one.unit)} | {_value(one.p95, one.unit)} | {len(one.ours)} | "
             f"{one.baseline_name or '–'} | {base} | {ratio} | {_target(one)} | {met} |"
         )
-    notes = [f"- {one.row}: {one.note}" for one in measurements if one.note]
+    notes = [f"- {one.row}: {' '.join(one.note.split())}" for one in measurements if one.note]
     return "\n".join(
         [*lines, *(["", *notes] if notes else []), "", "![ratios](ratios.png)", "", "![samples](samples.png)", ""]
     )

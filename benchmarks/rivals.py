@@ -1,7 +1,9 @@
-"""Others' executors on the same image: ``pip install 'sandbox-kernel[rivals]'``. One that is not installed is left out.
+"""Others' executors on the same image: ``pip install 'sandbox-kernel[rivals]'``. One that cannot be driven has a row
+that says why.
 
 Each is driven as its documentation says, first result and ``pass``, in turns with ours. Where one wants to install
-packages into its container at every start (there is no pip in our image, and no network), it finds them installed.
+packages into its container at every start (there is no pip in our image, and no network), it finds them installed;
+what one needs in its image besides is added to a copy (gateway.py).
 """
 
 from __future__ import annotations
@@ -9,17 +11,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
+import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import checked, session
+from benchmarks.gateway import gateway_image
 from benchmarks.measure import Bench, Measurement, in_turns, timed
 from benchmarks.raw import UID
 
 Run = Callable[[str], Awaitable[None]]
+ROWS = ("first result, cold", "pass")
 Rival = Callable[[Bench], contextlib.AbstractAsyncContextManager[Run]]
 
 
@@ -73,30 +78,29 @@ async def _autogen(bench: Bench) -> AsyncIterator[Run]:
 
 @contextlib.asynccontextmanager
 async def _smolagents(bench: Bench) -> AsyncIterator[Run]:
-    """Its Docker executor, where ``bench.image`` has jupyter_kernel_gateway."""
+    """Its Docker executor, which talks to a Jupyter kernel gateway in the container."""
     from smolagents.monitoring import AgentLogger, LogLevel
     from smolagents.remote_executors import DockerExecutor
 
-    # Without it the container ends at once, and the executor waits for it for minutes.
-    look = ["docker", "run", "--rm", "--network", "none", "--entrypoint", "python3", bench.image]
-    await asyncio.to_thread(subprocess.run, [*look, "-c", "import kernel_gateway"], check=True, capture_output=True)
-    command = ["python3", "-m", "kernel_gateway", "--KernelGatewayApp.ip=0.0.0.0", "--KernelGatewayApp.port=8888"]
-    one: Any = await asyncio.to_thread(
-        DockerExecutor,
-        [],
-        AgentLogger(level=LogLevel.OFF),
-        image_name=bench.image,
-        build_new_image=False,
-        container_run_kwargs={"command": command},
-    )
+    name = f"benchmark-smolagents-{secrets.token_hex(4)}"
     try:
+        one: Any = await asyncio.to_thread(
+            DockerExecutor,
+            [],
+            AgentLogger(level=LogLevel.OFF),
+            port=_free_port(),
+            image_name=await asyncio.to_thread(gateway_image, bench.image),
+            build_new_image=False,
+            container_run_kwargs={"name": name},
+        )
 
         async def run(code: str) -> None:
             await asyncio.to_thread(one.run_code_raise_errors, code)
 
         yield run
-    finally:
         await asyncio.to_thread(one.cleanup)
+    finally:  # also where it gave up half-way, or its own clean-up failed (which it only logs)
+        await asyncio.to_thread(subprocess.run, ["docker", "rm", "--force", "--volumes", name], capture_output=True)
 
 
 RIVALS: dict[str, Rival] = {
@@ -113,7 +117,7 @@ async def rivals(bench: Bench) -> list[Measurement]:
         try:
             found += await _beside(name, rival, bench)
         except Exception as exc:  # theirs: whatever it raises, the table goes on without it
-            print(f"  {name} left out: {type(exc).__name__}: {str(exc)[:200]}", file=sys.stderr)
+            found += [Measurement(row, "ms", [], [], name, note=f"{name}: {_reason(exc)}") for row in ROWS]
     return found
 
 
@@ -126,17 +130,23 @@ async def _beside(name: str, rival: Rival, bench: Bench) -> list[Measurement]:
         async with contextlib.AsyncExitStack() as stack:
             return await timed(start)
 
-    starts = await in_turns(
-        {"ours": lambda: first(_ours), "theirs": lambda: first(rival)}, max(3, bench.few // 3), warm_up=0
-    )
+    # One of each unmeasured: theirs is imported then, and its image made.
+    starts = await in_turns({"ours": lambda: first(_ours), "theirs": lambda: first(rival)}, max(3, bench.few // 3))
     async with rival(bench) as theirs, _ours(bench) as ours:
         cells = await in_turns(
             {"ours": lambda: timed(lambda: ours("pass")), "theirs": lambda: timed(lambda: theirs("pass"))}, bench.few
         )
     return [
-        Measurement("first result, cold", "ms", starts["ours"], starts["theirs"], name),
-        Measurement("pass", "ms", cells["ours"], cells["theirs"], name),
+        Measurement(row, "ms", samples["ours"], samples["theirs"], name)
+        for row, samples in zip(ROWS, (starts, cells), strict=True)
     ]
+
+
+def _reason(exc: Exception) -> str:
+    """Why a rival is left out."""
+    if isinstance(exc, ImportError):
+        return f"{exc}; pip install 'sandbox-kernel[rivals]'"
+    return f"{type(exc).__name__}: {str(exc)[:500]}"
 
 
 @contextlib.asynccontextmanager
@@ -156,3 +166,9 @@ def _shared(folder: Path) -> Path:
         os.chown(folder, UID, UID)
     folder.chmod(0o777)
     return folder
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])

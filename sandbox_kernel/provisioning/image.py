@@ -87,7 +87,7 @@ def build_image(tag: str = TAG, *, base: str | None = None, force: bool = False,
         chosen = base_image(client, base, architecture, progress)
         progress(f"[2/3] wheels for Python {PYTHON} on {architecture}")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-wheels-")))
-        _download_wheels(folder, architecture, progress)
+        _download_locked(folder, architecture, progress)
         progress(f"[3/3] build {tag} upon {chosen}")
         context = stack.enter_context(tempfile.TemporaryFile())
         _pack(context, sorted(folder.iterdir()))
@@ -156,23 +156,28 @@ def _make_debian(client: docker.APIClient, architecture: str, progress: Progress
 # --- wheels -----------------------------------------------------------------------------------
 
 
-def _download_wheels(folder: Path, architecture: str, progress: Progress) -> None:
-    """Fetch the locked wheels; where that fails the build's own pip must reach the registry."""
+def download_wheels(folder: Path, architecture: str, wanted: list[str], progress: Progress) -> None:
+    """``pip download`` of ``wanted`` (its arguments): wheels that the image's Python can take. Raises EngineError."""
     machine = _MACHINES.get(architecture, architecture)
     platforms = [argument for glibc in _GLIBC for argument in ("--platform", f"{glibc}_{machine}")]
     command = [
-        *(sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--progress-bar=off", "--no-deps"),
-        *("--require-hashes", "--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp"),
-        *platforms,
-        *("--dest", str(folder), "--requirement", str(image_folder() / "requirements.lock")),
+        *(sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--progress-bar=off"),
+        *("--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp", *platforms),
+        *("--dest", str(folder), *wanted),
     ]
 
     def fetching(line: str) -> None:
         if line.lstrip().startswith(("Downloading ", "Using cached ")):
             progress(line)
 
+    run(command, fetching)
+
+
+def _download_locked(folder: Path, architecture: str, progress: Progress) -> None:
+    """Fetch the locked wheels; where that fails the build's own pip must reach the registry."""
+    locked = ["--no-deps", "--require-hashes", "--requirement", str(image_folder() / "requirements.lock")]
     try:
-        run(command, fetching)
+        download_wheels(folder, architecture, locked, progress)
     except EngineError as exc:
         progress(f"  not fetched here, so the build must reach the registry itself. {exc}")
         for partial in folder.iterdir():
