@@ -8,6 +8,8 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
     from shell import Shell
 
@@ -56,6 +58,19 @@ def test_stopping(shell: Shell) -> None:
     shell("stop", "s1")
     assert [shell.statuses()[name] for name in ("s1", "s2")] == ["stopped", "stopped"]
     assert "no session 'never'" in shell("stop", "never", "s1", expect=1).stderr
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["no folder", "an empty folder"])
+def test_looking_makes_nothing(bare: Shell, there: bool) -> None:
+    if there:
+        bare.root.mkdir()
+    before = sorted(bare.folder.rglob("*"))
+    for command in ("state", "stop", "interrupt", "restart"):
+        assert "session 'never'" in bare(command, "never", expect=1).stderr
+    bare("view", "never", expect=1)
+    bare("view", "never", "--artifact", "art_0123456789abcdef", expect=1)
+    bare("artifacts", "get", "art_0123456789abcdef", expect=1)
+    assert sorted(bare.folder.rglob("*")) == before
 
 
 def test_list_is_for_people_and_programs(shell: Shell, bare: Shell) -> None:

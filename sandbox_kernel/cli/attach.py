@@ -80,7 +80,7 @@ async def _lab(settings: Settings, session_id: str, *, port: int, browser: bool,
     if not kernelspec:
         check_jupyterlab()  # before a session is started that would be left for nothing
     async with AsyncExitStack() as stack:
-        manager = await stack.enter_async_context(SessionManager(await settings_of(settings, session_id)))
+        manager = await stack.enter_async_context(SessionManager(await settings_of(settings, session_id) or settings))
         # While Lab runs we hold the session, so that its cells are recorded; unless its holder does that.
         try:
             try:

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from sandbox_kernel.session import Session
 
 
-async def settings_of(settings: Settings, session_id: str) -> Settings:
-    """``settings``, with storage and engine of the living session of that id where there is one.
+async def settings_of(settings: Settings, session_id: str) -> Settings | None:
+    """``settings``, with storage and engine of the living session of that id; None where none lives.
 
-    Raises InvalidSessionId.
+    Only looks: nothing is made. Raises InvalidSessionId.
     """
     metadata = read_metadata(SessionDirectory(settings.sessions_root, session_id).path)[0]
     if metadata is not None and not metadata.get("stopped_at"):
@@ -33,7 +33,7 @@ async def settings_of(settings: Settings, session_id: str) -> Settings:
     survivor = await survivor_of(settings, session_id)
     if survivor is not None and survivor.alive:
         return settings.model_copy(update={"session_storage": SessionStorage.TMPFS})
-    return settings
+    return None
 
 
 @asynccontextmanager
@@ -42,14 +42,18 @@ async def living(settings: Settings, session_id: str) -> AsyncIterator[Session]:
 
     Raises SessionNotFound saying how to start it, SessionHeld.
     """
-    async with SessionManager(await settings_of(settings, session_id)) as manager:
+    missing = SessionNotFound(
+        f"no living session {session_id!r} in {settings.sessions_root}; "
+        f"start it: sandbox-kernel run --session {session_id}"
+    )
+    as_started = await settings_of(settings, session_id)
+    if as_started is None:
+        raise missing  # before there is a manager, which would make a store
+    async with SessionManager(as_started) as manager:
         try:
             session = await manager.get(session_id)
         except SessionNotFound:
-            raise SessionNotFound(
-                f"no living session {session_id!r} in {settings.sessions_root}; "
-                f"start it: sandbox-kernel run --session {session_id}"
-            ) from None
+            raise missing from None
         yield session
 
 

@@ -119,7 +119,7 @@ async def _run(
     if session_id is not None:
         from sandbox_kernel.cli.living import settings_of
 
-        settings = await settings_of(settings, session_id)
+        settings = await settings_of(settings, session_id) or settings
     async with SessionManager(settings) as manager:
         session = await _open(manager, session_id, given)
         if as_json:

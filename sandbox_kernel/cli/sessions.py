@@ -154,12 +154,14 @@ async def _stop(settings: Settings, session_ids: list[str] | None) -> list[Sandb
     failed: list[SandboxError] = []
     for session_id in session_ids or [i.session_id for i in await _list(settings) if i.status in ("detached", "dead")]:
         try:
-            async with SessionManager(await settings_of(settings, session_id)) as manager:
-                await manager.stop(session_id)
-        except SessionNotFound:
-            failed.append(
-                SessionNotFound(f"no session {session_id!r} in {settings.sessions_root}; see: sandbox-kernel list")
-            )
+            as_started = await settings_of(settings, session_id)
+            if as_started is not None:
+                async with SessionManager(as_started) as manager:
+                    await manager.stop(session_id)
+            elif not (settings.sessions_root / session_id / "session_metadata.json").exists():
+                failed.append(
+                    SessionNotFound(f"no session {session_id!r} in {settings.sessions_root}; see: sandbox-kernel list")
+                )
         except SandboxError as exc:
             failed.append(exc)
     return failed
