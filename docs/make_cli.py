@@ -11,7 +11,7 @@ from pathlib import Path
 
 from typer.main import get_command
 
-from sandbox_kernel.cli import app
+from sandbox_kernel.cli.app import app
 
 PAGE = Path(__file__).parent / "cli.md"
 START = """# Command line
