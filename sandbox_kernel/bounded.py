@@ -8,6 +8,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sandbox_kernel.events import gap
+
 MAX_SPOOL = 2 * 2**30
 """Bytes kept of the whole of one output: printing without end must not fill the disk."""
 
@@ -37,13 +39,12 @@ class BoundedText:
         self._head_size = 0
         self._tail: deque[tuple[str, int]] = deque()
         self._tail_size = 0
-        self.dropped = 0
-        """Bytes left out between head and tail."""
+        self._gone = 0
 
     @property
     def size(self) -> int:
         """Bytes of the whole text, left out ones included."""
-        return self._head_size + self._tail_size + self.dropped
+        return self._head_size + self._tail_size + self._gone
 
     def add(self, text: str) -> None:
         size = size_of(text)
@@ -59,28 +60,33 @@ class BoundedText:
             text = text[len(first) :]
             size -= size_of(first)
         if size > self._half:
-            data = text.encode("utf-8")
-            self.dropped += self._tail_size
+            kept = end_of(text, self._half)
+            self._gone += self._tail_size + size - size_of(kept)
             self._tail.clear()
             self._tail_size = 0
-            kept = data[len(data) - self._half :].decode("utf-8", "ignore")
-            self.dropped += size - size_of(kept)
             text, size = kept, size_of(kept)
         self._tail.append((text, size))
         self._tail_size += size
-        while self._tail_size > self._half and len(self._tail) > 1:
+        # What the others fill without it goes; the first one that stays is cut when it is read.
+        while len(self._tail) > 1 and self._tail_size - self._tail[0][1] >= self._half:
             _, gone = self._tail.popleft()
             self._tail_size -= gone
-            self.dropped += gone
+            self._gone += gone
         if len(self._tail) > 4096:  # many tiny prints: join them, so that memory is bounded by bytes and not by pieces
             joined = "".join(piece for piece, _ in self._tail)
             self._tail = deque([(joined, self._tail_size)])
 
     def text(self) -> str:
         head, tail = "".join(self._head), "".join(piece for piece, _ in self._tail)
-        if not self.dropped:
-            return head + tail
-        return f"{head}\n... [{self.dropped} bytes left out] ...\n{tail}"
+        tail = end_of(tail, self._half)
+        left_out = self.size - self._head_size - size_of(tail)
+        return head + gap(left_out) + tail if left_out else head + tail
+
+
+def end_of(text: str, limit: int) -> str:
+    """The last ``limit`` bytes of ``text``, or all of it."""
+    data = text.encode("utf-8")
+    return text if len(data) <= limit else data[len(data) - limit :].decode("utf-8", "ignore")
 
 
 class Spool:

@@ -220,6 +220,15 @@ StreamEvent = Annotated[
 ]
 
 
+GAP = re.compile(r"\n\.\.\. \[\d+ bytes left out\] \.\.\.\n")
+"""What :func:`gap` writes."""
+
+
+def gap(left_out: int) -> str:
+    """What stands between head and tail of a text that was cut."""
+    return f"\n... [{left_out} bytes left out] ...\n"
+
+
 def shorten(text: str, limit: int) -> str:
     """``text`` in at most ``limit`` bytes of UTF-8: head, a line that says how much is missing, tail."""
     data = text.encode("utf-8", "replace")
@@ -228,7 +237,7 @@ def shorten(text: str, limit: int) -> str:
     half = max(0, (limit - 80) // 2)
     head = data[:half].decode("utf-8", "ignore")
     tail = data[-half:].decode("utf-8", "ignore") if half else ""
-    return f"{head}\n... [{len(data) - 2 * half} bytes left out] ...\n{tail}"
+    return head + gap(len(data) - 2 * half) + tail
 
 
 # --- what a session knows of itself -----------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any, Protocol
 
 QUIET_S = 0.3
@@ -20,10 +19,16 @@ class Append(Protocol):
     def __call__(self, event: str, /, **fields: Any) -> None: ...
 
 
+class Masked(Protocol):
+    """Masks a text; ``cut``: its end is missing."""
+
+    def __call__(self, text: str, *, cut: bool = False) -> str: ...
+
+
 class LateOutput:
     """The late output of one session."""
 
-    def __init__(self, append: Append, masked: Callable[[str], str]) -> None:
+    def __init__(self, append: Append, masked: Masked) -> None:
         self._append, self._masked = append, masked
         self._texts: dict[tuple[str | None, int | None, str], list[str]] = {}
         self._size = 0
@@ -36,6 +41,7 @@ class LateOutput:
         if self._size < LIMIT and (key in self._texts or len(self._texts) < KEYS):
             self._texts.setdefault(key, []).append(text[:LIMIT])
             self._size += len(text)
+            self._dropped += len(text[LIMIT:])
         else:
             self._dropped += len(text)
         if self._timer is None:
@@ -55,6 +61,6 @@ class LateOutput:
                 msg_id=msg_id,
                 execution_count=execution_count,
                 name=name,
-                text=self._masked("".join(parts)),
+                text=self._masked("".join(parts), cut=dropped > 0),
                 **more,
             )

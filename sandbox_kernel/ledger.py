@@ -338,9 +338,9 @@ class Ledger:
 
     # -- masking ---------------------------------------------------------------------------
 
-    def masked(self, text: str) -> str:
-        """``text`` without the values of the session's secrets."""
-        return text if self._mask is None else self._mask(text)
+    def masked(self, text: str, *, cut: bool = False) -> str:
+        """``text`` without the values of the session's secrets, nor, where it is ``cut`` at its end, a part of one."""
+        return text if self._mask is None else self._mask(text, cut=cut)
 
     def masked_tree(self, value: Any) -> Any:
         return value if self._mask is None else self._mask.tree(value)

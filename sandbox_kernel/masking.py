@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from urllib.parse import quote, quote_plus
 
 from sandbox_kernel.errors import SettingsError
+from sandbox_kernel.events import GAP
 
 MASK = "***"
 CHUNK = 2**20
@@ -39,11 +40,31 @@ class Masker:
                 forms |= {text, repr(text)[1:-1], text.encode("unicode_escape").decode()}
                 forms |= {json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]}
                 forms |= {quote(text, errors="replace"), quote(text, safe="", errors="replace"), quote_plus(text)}
-        self._longest = max(map(len, forms))
-        self._pattern = re.compile("|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True)))
+        self._forms = sorted(forms, key=len, reverse=True)
+        self._longest = len(self._forms[0])
+        self._pattern = re.compile("|".join(map(re.escape, self._forms)))
 
-    def __call__(self, text: str) -> str:
-        return self._pattern.sub(MASK, text)
+    def __call__(self, text: str, *, cut: bool = False) -> str:
+        """``text`` masked; where it was cut (at a gap; ``cut``: at its end) what may be a part of a value too."""
+        text = self._pattern.sub(MASK, text)
+        gaps = list(GAP.finditer(text))
+        if not gaps and not cut:
+            return text
+        masked, start = [], 0
+        for gap in gaps:
+            masked += [self._edges(text[start : gap.start()], start > 0, True), gap.group()]
+            start = gap.end()
+        return "".join([*masked, self._edges(text[start:], start > 0, cut)])
+
+    def _edges(self, text: str, begins: bool, ends: bool) -> str:
+        """``text`` without a value's end at its beginning (it ``begins`` after a cut), or a beginning at its end."""
+        if begins:
+            size = max(_ending(text, form) for form in self._forms)
+            text = MASK + text[size:] if size else text
+        if ends:
+            size = max(_beginning(text, form) for form in self._forms)
+            text = text[: len(text) - size] + MASK if size else text
+        return text
 
     def tree(self, value: Any) -> Any:
         """A JSON value with all of its texts masked, keys too."""
@@ -68,6 +89,24 @@ class Masker:
             yield self(held[:end]).encode("utf-8")
             held = held[end:]
         yield self(held + decode(b"", True)).encode("utf-8")
+
+
+def _beginning(text: str, form: str) -> int:
+    """Characters of the longest beginning of ``form``, not all of it, that ``text`` ends with."""
+    at = max(0, len(text) - len(form) + 1) - 1
+    while (at := text.find(form[0], at + 1)) >= 0:
+        if form.startswith(text[at:]):
+            return len(text) - at
+    return 0
+
+
+def _ending(text: str, form: str) -> int:
+    """Characters of the longest end of ``form``, not all of it, that ``text`` begins with."""
+    at = len(form) - 1
+    while (at := text.rfind(form[-1], 0, at)) >= 0:
+        if form.endswith(text[: at + 1]):
+            return at + 1
+    return 0
 
 
 def masker(secrets: Mapping[str, str]) -> Masker | None:

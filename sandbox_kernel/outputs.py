@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sandbox_kernel.bounded import BoundedText, Spool, clean, size_of
+from sandbox_kernel.bounded import BoundedText, Spool, clean, end_of, size_of
 from sandbox_kernel.bundles import MAX_MIMES, Output, bundle_size, cost, for_log, mime_value
 from sandbox_kernel.events import (
     CellError,
@@ -29,6 +29,7 @@ from sandbox_kernel.events import (
     ResultData,
     Stderr,
     Stdout,
+    gap,
     shorten,
     strip_ansi,
 )
@@ -210,9 +211,9 @@ class OutputCollector:
                 return
             half = self.limit // 2
             if size > half:
-                output["text"] = output["text"].encode("utf-8")[-half:].decode("utf-8", "ignore")
-                self._dropped += size - size_of(output["text"])
-                size = size_of(output["text"])
+                output["text"] = end_of(output["text"], half)
+                output["left_out"] = size - size_of(output["text"])
+                size -= output["left_out"]
             self._tail_text += size
         else:
             if size > self._bundle_budget:
@@ -229,12 +230,18 @@ class OutputCollector:
                 return
         self._sizes[id(output)] = size
         self._tail.append(output)
-        while len(self._tail) > MAX_OBJECTS // 2 or (self._tail_text > self.limit // 2 and len(self._tail) > 1):
+        while len(self._tail) > MAX_OBJECTS // 2 or (len(self._tail) > 1 and self._first_is_spare()):
             self._drop(self._tail.popleft())
+
+    def _first_is_spare(self) -> bool:
+        """The texts after the tail's first output fill its budget; where they do not, it is cut when it is read."""
+        first = self._tail[0]
+        text = self._sizes[id(first)] if first["output_type"] == "stream" else 0
+        return self._tail_text - text > self.limit // 2 - 4  # a text that was cut to fill it may lack three bytes
 
     def _drop(self, output: Output) -> None:
         size = self._sizes.pop(id(output), 0)
-        self._dropped += size
+        self._dropped += size + output.get("left_out", 0)
         if output["output_type"] == "stream":
             self._tail_text -= size
         else:
@@ -272,7 +279,8 @@ class OutputCollector:
     @property
     def truncated(self) -> bool:
         """True when something is not in ``outputs``, ``stdout`` or ``stderr`` but only in the spools."""
-        return bool(self._spools) or self._dropped > 0
+        cut = self._tail_text > self.limit // 2 or any("left_out" in output for output in self._tail)
+        return bool(self._spools) or self._dropped > 0 or cut
 
     def take_spools(self) -> list[Spool]:
         """The files that hold the whole of each cut output; the caller stores and closes them."""
@@ -280,22 +288,38 @@ class OutputCollector:
         return spools
 
     def outputs(self) -> list[Output]:
-        """nbformat output objects."""
-        merged: list[Output] = []
-        gap: list[Output] = []
-        if self._dropped:
-            gap = [{"output_type": "stream", "name": "stdout", "text": f"\n... [{self._dropped} bytes left out] ...\n"}]
-        for output in [*self._head, *gap, *self._tail]:
-            output = {key: value for key, value in output.items() if key != "parts"} | (
-                {"text": "".join(output["parts"])} if "parts" in output else {}
-            )
+        """nbformat output objects. A gap says where text was cut, in each stream that was."""
+        shown: list[Output] = [*self._head]
+        left_out = self._dropped
+        for number, output in enumerate(self._tail):
+            left_out += output.get("left_out", 0)
+            excess = self._tail_text - self.limit // 2
+            if number == 0 and excess > 0:
+                size = self._sizes[id(output)]
+                output = {**output, "text": end_of(output["text"], size - excess)}
+                left_out += size - size_of(output["text"])
+            if left_out:
+                before = shown[-1:] if number == 0 else []
+                names = [side["name"] for side in (*before, output) if side["output_type"] == "stream"] or ["stdout"]
+                shown += (
+                    {"output_type": "stream", "name": name, "text": gap(left_out)} for name in dict.fromkeys(names)
+                )
+                left_out = 0
+            shown.append(output)
+        return _merged(shown)
+
+
+def _merged(shown: list[Output]) -> list[Output]:
+    """Consecutive texts of one stream made one."""
+    merged: list[Output] = []
+    for output in shown:
+        text = "".join(output["parts"]) if "parts" in output else output.get("text")
+        output = {key: value for key, value in output.items() if key not in ("parts", "left_out")}
+        if output["output_type"] == "stream":
+            output["text"] = text
             last = merged[-1] if merged else None
-            if (
-                last is not None
-                and output["output_type"] == "stream" == last["output_type"]
-                and last["name"] == output["name"]
-            ):
-                last["text"] += output["text"]
-            else:
-                merged.append(output)
-        return merged
+            if last is not None and last["output_type"] == "stream" and last["name"] == output["name"]:
+                last["text"] += text
+                continue
+        merged.append(output)
+    return merged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sandbox_kernel.events import BLOB_MIME
+from sandbox_kernel.events import BLOB_MIME, GAP
 from sandbox_kernel.outputs import BoundedText, OutputCollector, for_log
 
 LIMIT = 2_000
@@ -98,15 +99,42 @@ def test_every_byte_is_in_the_result_or_in_the_spool(
         assert collector.stdout.encode() == printed
 
 
-@given(st.lists(st.text(max_size=50)), st.integers(10, 200))
-def test_bounded_text_counts_what_it_drops(texts: list[str], limit: int) -> None:
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=50), max_size=20), st.integers(10, 200))
+@settings(deadline=None)
+def test_head_and_tail_are_as_long_as_they_may_be(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], limit: int
+) -> None:
+    """In whatever pieces it was printed; at a cut some bytes of a character may be missing."""
     bounded = BoundedText(limit)
+    collector = OutputCollector("m1", limit, tmp_path_factory.getbasetemp())
     for text in texts:
         bounded.add(text)
+        collector.add("stream", {"name": "stdout", "text": text})
+    close(collector)
     whole = "".join(texts)
     assert bounded.size == len(whole.encode())
-    if not bounded.dropped:
-        assert bounded.text() == whole
+    for shown in (bounded.text(), "".join(output["text"] for output in collector.outputs())):
+        cut = GAP.search(shown)
+        if cut is None:
+            assert shown == whole
+            continue
+        head, tail = shown[: cut.start()], shown[cut.end() :]
+        assert whole.startswith(head)
+        assert whole.endswith(tail)
+        assert len((head + tail).encode()) + int(re.findall(r"\d+", cut.group())[0]) == len(whole.encode())
+        assert limit // 2 - 6 <= len(tail.encode()) <= limit // 2
+        assert len(head.encode()) <= limit // 2
+    assert len(whole.encode()) > limit // 2 * 2 - 4 or bounded.text() == whole, "cut without need"
+
+
+def test_a_newline_does_not_cost_the_tail(collector: OutputCollector) -> None:
+    """`print` of one long text: its end is a message of its own."""
+    for text in ("x" * 10_000 + "end", "\n"):
+        collector.add("stream", {"name": "stdout", "text": text})
+    assert collector.stdout.endswith("end\n")
+    assert collector.outputs()[-1]["text"].endswith("end\n")
+    assert collector.truncated
+    close(collector)
 
 
 def test_consecutive_streams_merge_and_others_keep_their_order(collector: OutputCollector) -> None:
