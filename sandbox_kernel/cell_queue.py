@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
-from typing import Any
 
+from sandbox_kernel.backlog import Backlog
 from sandbox_kernel.errors import SandboxError
 from sandbox_kernel.events import CellEvent, ExecutionResult, Finished
 from sandbox_kernel.feed import Cell, Feed
@@ -45,14 +45,14 @@ class CellQueue:
         async with self._turn:
             swept: str | None = None
             while True:
-                queue: asyncio.Queue[CellEvent | None] = asyncio.Queue()
-                cell, closed = await self._send(code, limit, queue.put_nowait if events else None, swept)
-                closed.add_done_callback(lambda _, end=queue: end.put_nowait(None))  # type: ignore[misc]
+                backlog = self._feed.backlog() if events else None
+                cell, closed = await self._send(code, limit, backlog, swept)
                 timer = self._lifecycle.watch(cell, limit)
                 try:
-                    if events:
-                        async for event in _until(queue):
-                            yield event
+                    if backlog is not None:
+                        with backlog:
+                            async for event in backlog:
+                                yield event
                     result = await asyncio.shield(closed)
                 finally:
                     if timer is not None:
@@ -67,7 +67,7 @@ class CellQueue:
                 swept = cell.msg_id
 
     async def _send(
-        self, code: str, limit: float | None, listener: Any, instead_of: str | None
+        self, code: str, limit: float | None, backlog: Backlog | None, instead_of: str | None
     ) -> tuple[Cell, asyncio.Future[ExecutionResult]]:
         self._check_open()
         if self._ledger.failure is not None:
@@ -89,9 +89,11 @@ class CellQueue:
         self._recorder.accept(msg_id, self._ledger.masked(code), timeout=limit)
         if instead_of is not None:
             self._recorder.retract(instead_of)
-        cell = self._feed.expect(msg_id, code, listener)
+        cell = self._feed.expect(msg_id, code, None if backlog is None else backlog.put)
         closed = self._ledger.results[msg_id] = asyncio.get_running_loop().create_future()
         closed.add_done_callback(_retrieved)
+        if backlog is not None:
+            closed.add_done_callback(lambda _: backlog.end())
         kernel.send_execute(message)
         return cell, closed
 
@@ -99,13 +101,6 @@ class CellQueue:
         await self._lifecycle.end_cell(cell, "interrupted")
         with suppress(SandboxError):
             await asyncio.shield(closed)
-
-
-async def _until(queue: asyncio.Queue[CellEvent | None]) -> AsyncIterator[CellEvent]:
-    """The events of a cell until its books are closed (None), without the last one."""
-    while (event := await queue.get()) is not None:
-        if not isinstance(event, Finished):
-            yield event
 
 
 def _retrieved(future: asyncio.Future[ExecutionResult]) -> None:

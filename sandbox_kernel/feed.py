@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sandbox_kernel.backlog import Backlog
 from sandbox_kernel.events import CellError, CellEvent, Status, shorten, strip_ansi, utc_now
 from sandbox_kernel.message import Message, count_of
 from sandbox_kernel.outputs import NAME_LIMIT, OutputCollector, clean
@@ -157,6 +158,10 @@ class Feed:
     def knows(self, msg_id: str) -> bool:
         """Whether the cell runs, waits, or ended a short while ago."""
         return msg_id in self.cells or msg_id in self._past
+
+    def backlog(self) -> Backlog:
+        """For the events of a cell that somebody reads as they come."""
+        return Backlog(self._limit, self._spool_dir)
 
     def _collector(self, msg_id: str) -> OutputCollector:
         return OutputCollector(msg_id, self._limit, self._spool_dir)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.errors import ArtifactError, RecordError, SandboxError, SessionClosed
-from sandbox_kernel.events import Artifact, ArtifactCreated, ExecutionResult, Finished, timestamp
+from sandbox_kernel.events import Artifact, ArtifactCreated, ExecutionResult, timestamp
 from sandbox_kernel.feed import OWN_ORIGIN, Cell
 from sandbox_kernel.late import LateOutput
 from sandbox_kernel.masking import Masker
@@ -108,8 +108,6 @@ class Ledger:
                 cell.recorded()
             if future is not None and not future.done():
                 future.set_result(result)
-            if cell.listener is not None:
-                cell.listener(Finished(msg_id=cell.msg_id, result=result))
             if self.on_recorded is not None:
                 self.on_recorded(result)
 

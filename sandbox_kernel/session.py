@@ -152,7 +152,9 @@ class Session:
     async def stream(self, code: str, *, timeout: Timeout = DEFAULT) -> AsyncGenerator[StreamEvent, None]:
         """Run a cell and yield what it says as it says it; the last event is ``finished`` with the result.
 
-        Leaving the loop early interrupts the cell. Errors as for :meth:`execute`.
+        A cell never waits for its reader, and one who is slower misses nothing: about ``max_output_bytes`` of what he
+        has not read yet wait in memory, the rest (to 2 GiB; then a text says what was left out) in a file without a
+        name beside the artifacts. Leaving the loop early interrupts the cell. Errors as for :meth:`execute`.
         """
         async with aclosing(self._run(code, timeout, events=True)) as events:
             async for event in events:
