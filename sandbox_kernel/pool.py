@@ -8,6 +8,7 @@ that ``gc`` can tell the spares of a process that was killed.
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import logging
 import os
@@ -38,6 +39,8 @@ FOLDER = ".pool"
 """Below ``sessions_root``."""
 REFILL_AFTER_S = 0.25
 """A container's start takes the cores that the first cell of the session that has just claimed a spare is to have."""
+NOT_IMPORTED = "'; '.join(map(': '.join, __import__('sys').modules['_sandbox_kernel_side'].not_imported.items()))"
+"""What of ``pool_imports`` could not be imported, and why: asked of a spare before it has a tenant."""
 _POOLED = (DatasetAccess.NONE, DatasetAccess.LOCAL_RO)
 """How all sessions have the same mounts."""
 
@@ -120,6 +123,7 @@ class Pool:
         self._maker: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._complained = False
 
     def __len__(self) -> int:
         """How many are ready."""
@@ -195,7 +199,8 @@ class Pool:
 
     async def _warmed(self, kernel: Kernel, dead: asyncio.Future[KernelDeath]) -> None:
         """Run a kernel's first cell, which takes several times as long as the next; a silent one is no session's."""
-        content = {"code": "None", "silent": True, "store_history": False}
+        asked = {"not_imported": NOT_IMPORTED} if self._settings.pool_imports else {}
+        content = {"code": "None", "silent": True, "store_history": False, "user_expressions": asked}
         answer = asyncio.ensure_future(kernel.request("shell", "execute_request", content))
         try:
             limit = self._settings.start_timeout_s
@@ -203,9 +208,29 @@ class Pool:
             if not answer.done():
                 why = f"it died: {dead.result().message}" if dead.done() else f"it ran nothing within {limit:g} s"
                 raise KernelStartError(f"a spare kernel is of no use: {why}")
-            await answer
+            reply = await answer
         finally:
             answer.cancel()
+        self._complain(reply["content"].get("user_expressions"))
+
+    def _complain(self, answers: Any) -> None:
+        """Say once which of the modules that the spares were to have imported they have not."""
+        try:
+            told = ast.literal_eval(answers["not_imported"]["data"]["text/plain"][:2_000])
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            SyntaxError,
+            MemoryError,
+            RecursionError,
+        ):  # none asked for, or no answer of ours
+            return
+        if told and not self._complained:
+            self._complained = True
+            log.warning(
+                "pool_imports: the image %r cannot import %s; its kernels do without", self._settings.image, told
+            )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name="pool")

@@ -154,6 +154,15 @@ async def test_imports_are_done(tmp_path: Path) -> None:
         assert (await session.execute("import sys; 'fractions' in sys.modules")).result == "True"
 
 
+async def test_an_import_that_fails_is_told_once_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = Settings(sessions_root=tmp_path, pool_size=2, pool_imports=["pnadas", "fractions", "json.nothing"])
+    async with SessionManager(settings) as manager:
+        await manager.pool.full()
+        assert len(manager.pool) == 2
+    (line,) = [record.getMessage() for record in caplog.records if "pool_imports" in record.getMessage()]
+    assert "cannot import pnadas: ModuleNotFoundError: No module named 'pnadas'; json.nothing: " in line
+
+
 async def test_tmpfs(tmp_path: Path, engine: docker.DockerClient) -> None:
     settings = Settings(sessions_root=tmp_path, pool_size=1, session_storage=SessionStorage.TMPFS)
     async with SessionManager(settings) as manager:

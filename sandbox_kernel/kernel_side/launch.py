@@ -79,8 +79,10 @@ def read_options(path: str) -> Options:
 
 def preload(options: Options) -> None:
     """Import what every kernel needs, so that a fork has it already. Exits 78 where there is no ipykernel."""
-    package = types.ModuleType(PACKAGE)
+    package: Any = types.ModuleType(PACKAGE)
     package.__path__ = [HERE]
+    not_imported: Dict[str, str] = {}
+    package.not_imported = not_imported  # asked for by the host's pool
     sys.modules[PACKAGE] = package
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != HERE]
     trims = importlib.import_module(f"{PACKAGE}.trims")
@@ -100,7 +102,8 @@ def preload(options: Options) -> None:
             importlib.import_module(name)
         except Exception as exc:
             if name in options["imports"]:
-                say(f"cannot import {name!r} beforehand ({type(exc).__name__}: {exc}); going on without it")
+                not_imported[name] = f"{type(exc).__name__}: {exc}"
+                say(f"cannot import {name!r} beforehand ({not_imported[name]}); going on without it")
     gc.collect()
     gc.freeze()  # a collection in the child must not touch, and so copy, the pages it shares with us
 
