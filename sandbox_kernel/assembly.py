@@ -44,7 +44,7 @@ from sandbox_kernel.recovery import Takeover
 from sandbox_kernel.session import Session
 from sandbox_kernel.settings import Settings
 from sandbox_kernel.traffic import TrafficLog
-from sandbox_kernel.workspace import TmpfsWorkspace, Workspace
+from sandbox_kernel.workspace import TmpfsWorkspace, Workspace, known_names
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ async def _rename(host: DockerProvisioner) -> None:
 async def _known_names(workspace: Workspace) -> list[str]:
     try:
         async with asyncio.timeout(NAMES_S):
-            return sorted((await workspace.read_state()).variables)
+            return await known_names(workspace)
     except (SandboxError, TimeoutError):
         return []
 

@@ -197,6 +197,7 @@ class Session:
         if self._lifecycle.kernel is None:
             await self._lifecycle.revive(asked=True)
             return []
+        await self.state()  # the names it returns are of the last cell too
         return await self._lifecycle.replace("requested")
 
     # -- what it has -----------------------------------------------------------------------

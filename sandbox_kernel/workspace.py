@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import suppress
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,8 @@ from sandbox_kernel.untrusted import FOLDER, read_untrusted
 MAX_ENTRIES = 10_000
 """Variables and modules that are taken from a state; the hook writes at most 2,000 variables."""
 NAME_LIMIT = 1_000
+NEWEST, NEWEST_NAMES = 4, 100
+"""Lines of the journal that may say what the state does not yet, and names in one."""
 
 
 class Workspace(Protocol):
@@ -37,7 +40,10 @@ class Workspace(Protocol):
     """The session directory, None when there is none."""
 
     async def read_state(self) -> PythonState: ...
-    async def read_journal(self) -> list[dict[str, Any]]: ...
+    async def read_journal(self, newest: int | None = None) -> list[dict[str, Any]]:
+        """The hook's journal of cells, or its newest lines."""
+        ...
+
     def forget_journal(self) -> None:
         """A new kernel begins its own; what cells of the one before did stands in the log."""
 
@@ -74,7 +80,9 @@ class BindWorkspace:
         raw, _ = read_state_folder(self._directory.state_dir)
         return parse_state(raw)
 
-    async def read_journal(self) -> list[dict[str, Any]]:
+    async def read_journal(self, newest: int | None = None) -> list[dict[str, Any]]:
+        if newest is not None:  # as quick as the state: a thread is late where the machine is busy
+            return read_cells(self._directory.state_dir, newest)
         return await asyncio.to_thread(read_cells, self._directory.state_dir)
 
     def forget_journal(self) -> None:
@@ -100,9 +108,9 @@ class TmpfsWorkspace:
         except (SandboxError, ValueError):
             return PythonState()
 
-    async def read_journal(self) -> list[dict[str, Any]]:
+    async def read_journal(self, newest: int | None = None) -> list[dict[str, Any]]:
         try:
-            return parse_cells(await self._spool.read_state(JOURNAL, limit=JOURNAL_LIMIT))
+            return parse_cells(await self._spool.read_state(JOURNAL, limit=JOURNAL_LIMIT), newest)
         except SandboxError:
             return []
 
@@ -114,24 +122,38 @@ JOURNAL = "cells.jsonl"
 JOURNAL_LIMIT = 4 * 2**20
 
 
-def read_cells(state_dir: Path) -> list[dict[str, Any]]:
+def read_cells(state_dir: Path, newest: int | None = None) -> list[dict[str, Any]]:
     """The hook's journal of cells (``cells.jsonl``), as far as it can be read: the kernel may write anything."""
     try:
         descriptor = os.open(state_dir, FOLDER)
     except OSError:
         return []
     try:
-        return parse_cells(read_untrusted(descriptor, JOURNAL, max_bytes=JOURNAL_LIMIT))
+        return parse_cells(read_untrusted(descriptor, JOURNAL, max_bytes=JOURNAL_LIMIT), newest)
     except (OSError, SandboxError):
         return []
     finally:
         os.close(descriptor)
 
 
-def parse_cells(data: bytes) -> list[dict[str, Any]]:
-    """The lines that are JSON objects."""
+def parse_cells(data: bytes, newest: int | None = None) -> list[dict[str, Any]]:
+    """The lines that are JSON objects; of the ``newest`` lines only."""
     lines = []
-    for line in data.splitlines():
+    for line in data.splitlines() if newest is None else data.rsplit(b"\n", newest + 1)[1:]:
         with suppress(ValueError):
             lines.append(decode(line))
     return lines
+
+
+async def known_names(workspace: Workspace) -> list[str]:
+    """The variables there are. The state is some milliseconds behind, and its kernel may be gone: what it had no time
+    to describe stands in the journal, with the cell that began meanwhile."""
+    state, journal = await asyncio.gather(workspace.read_state(), workspace.read_journal(newest=NEWEST))
+    names = set(state.variables)
+    for entry in journal:
+        newer = entry.get("names")
+        with suppress(KeyError, TypeError, ValueError):
+            began = datetime.fromisoformat(entry["started_at"]) if isinstance(newer, list) else None
+            if began is not None and (state.timestamp is None or began > state.timestamp):
+                names |= {name[:NAME_LIMIT] for name in newer[:NEWEST_NAMES] if isinstance(name, str)}
+    return sorted(names)

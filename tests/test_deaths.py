@@ -42,7 +42,6 @@ async def test_from_outside(
     async with SessionManager(Settings(sessions_root=tmp_path)) as manager:
         session = await manager.start("conv")
         await session.execute("precious = 1")
-        await session.state()
         call = asyncio.create_task(session.execute("import time; print('on', flush=True); time.sleep(60)"))
         while not any(cell.running for cell in session._feed.cells.values()):
             await asyncio.sleep(0.01)  # until the kernel has begun with it

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 from launched import Launched, child_of, launched, wait_for
@@ -30,6 +31,10 @@ def kernel(shared: Launched) -> Launched:
 def fresh() -> Iterator[Launched]:
     with launched() as one:
         yield one
+
+
+def _of(reply: dict[str, Any]) -> str:
+    return str(reply["parent_header"]["msg_id"])
 
 
 # --- python_state.json -------------------------------------------------------------------------
@@ -269,6 +274,16 @@ def test_the_journal_has_a_line_before_and_after_each_cell(kernel: Launched) -> 
         assert line["session"] == kernel.client.session.session
         assert line["execution_count"] == reply["content"]["execution_count"]
     assert datetime.fromisoformat(started["started_at"]) <= datetime.fromisoformat(ended["ended_at"])
+
+
+def test_the_journal_names_what_the_state_has_not_yet(kernel: Launched) -> None:
+    kernel.state_of("known = 1")
+    kernel.client.execute("import os; new = 1; _own = 2")
+    reply, _ = kernel.run("later = 1")  # it was there before the first had ended
+    started, _ = (cell for cell in kernel.state_of("pass") and kernel.cells() if cell["msg_id"] == _of(reply))
+    assert started["names"] == ["_own", "new"]
+    quiet = kernel.run("pass")[0]
+    assert "names" not in next(cell for cell in kernel.cells() if cell["msg_id"] == _of(quiet))
 
 
 def test_the_journal_tells_how_cells_ended(kernel: Launched) -> None:

@@ -276,7 +276,6 @@ class TestEnds:
     )
     async def test_timeouts_are_kept(self, shared: Session, code: str, kept: bool) -> None:
         await shared.execute("precious = 1")
-        await shared.state()
         began = time.monotonic()
         result = await shared.execute(code, timeout=1)
         took = time.monotonic() - began
@@ -300,7 +299,6 @@ class TestEnds:
     )
     async def test_a_dead_kernel_is_explained(self, shared: Session, code: str, cause: str, word: str) -> None:
         await shared.execute("lost = 1")
-        await shared.state()
         result = await shared.execute(code, timeout=30)
         if cause == "oom" and result.error is not None:
             pytest.skip("the allocation failed before the limit")
@@ -322,7 +320,6 @@ class TestEnds:
 
     async def test_restart_forgets_the_variables(self, shared: Session) -> None:
         await shared.execute("gone = 1")
-        await shared.state()
         assert "gone" in await shared.restart()
         assert (await shared.execute("'gone' in globals()")).result == "False"
 

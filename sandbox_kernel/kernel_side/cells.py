@@ -1,9 +1,9 @@
 """``cells.jsonl``: what the kernel itself knows of its cells, for a host process that was not there to see.
 
-One line when a cell starts (``msg_id, session, username, execution_count, started_at, code``) and one when it has ended
-(the same plus ``status``, ``ename``, ``evalue``, ``ended_at``). Lines are written whole, by one process. A line with
-``status`` is an end; a cell with none was running when the kernel or the machine died, or ended within the last
-milliseconds before.
+One line when a cell starts (``msg_id, session, username, execution_count, started_at, code``, and ``names``, those of
+variables that ``python_state.json`` does not have yet) and one when it has ended (``names`` no more, but ``status``,
+``ename``, ``evalue``, ``ended_at``). Lines are written whole, by one process. A line with ``status`` is an end; a
+cell with none was running when the kernel or the machine died, or ended within the last milliseconds before.
 """
 
 import contextlib

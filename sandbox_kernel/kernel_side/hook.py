@@ -24,6 +24,7 @@ import threading
 import time
 import types
 from contextvars import ContextVar
+from itertools import islice
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 from . import trims
@@ -42,6 +43,8 @@ DELAY_S = 0.002
 """From a request's end to the first slice: by then the thread that sends the idle message has had the GIL."""
 SLICE_S = 0.0005
 LAG_S = 1.0
+NEWEST = 100
+"""Names told of in the journal while the state is behind."""
 STEP = 10
 """Variables between two looks at the clock and at the sockets requests come by."""
 
@@ -100,6 +103,7 @@ class Hook:
         self.last: Dict[str, Any] = {"execution_count": 0, "msg_id": None}
         self.ended: List[Tuple[str, Optional[int]]] = []
         self.cache: Dict[str, Tuple[Any, str]] = {}
+        self.described: Set[str] = set()
         self.poll: Any = None
 
     def install(self) -> None:
@@ -168,7 +172,9 @@ class Hook:
     def _cell_started(self, parent: Dict[str, Any]) -> None:
         cell = Cell(parent, self.kernel.execution_count, self.describer.hide)
         _cell.set(cell)
-        self.journal.waiting.append(cell.entry)
+        # If this one takes the kernel with it, the state will never say what the cell before has made.
+        behind = self.lagging_since is not None
+        self.journal.waiting.append({**cell.entry, "names": self._newest()} if behind else cell.entry)
         self._write_journal()
 
     def _cell_ended(self, cell: Cell) -> None:
@@ -181,6 +187,17 @@ class Hook:
             self.ended.append((source, _failed_at(result, self.shell.user_ns)))
         if self.lagging_since is None:
             self.lagging_since = time.monotonic()
+
+    def _newest(self) -> List[str]:
+        """The names that the state does not have yet, as far as they are at the end of the namespace."""
+        namespace, hidden, found = self.shell.user_ns, self.shell.user_ns_hidden, []
+        for name in islice(reversed(namespace), NEWEST):
+            if name in self.described:
+                break
+            plain = type(name) is str and name not in hidden and not _IPYTHON.fullmatch(name)
+            if plain and not is_kind(type(namespace[name]), types.ModuleType):
+                found.append(clean(name[:SMALL]))
+        return found
 
     def _write_journal(self) -> None:
         try:
@@ -282,7 +299,7 @@ class Hook:
             if i % STEP == STEP - 1 or "shape" in fragment:
                 yield  # after each few, and after each that may have taken a while
         del value
-        self.cache = cache
+        self.cache, self.described = cache, set(names)
         self._write(fragments, len(names), self.imports.names(modules))
         if self.journal.too_long:
             yield
