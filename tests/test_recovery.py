@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +15,14 @@ import pytest
 from hosts import killed
 from kernels import client_of
 
-from sandbox_kernel import SessionManager, SessionStorage, Settings, assembly
-from sandbox_kernel.artifacts.blobs import BlobFolder
-from sandbox_kernel.artifacts.store import ArtifactStore
+from sandbox_kernel import SessionManager, SessionStorage, Settings
 from sandbox_kernel.audit import verify
 from sandbox_kernel.errors import SessionHeld, SessionNotFound
-from sandbox_kernel.kernel import Kernel
 from sandbox_kernel.logfile import Problem, iter_log
 from sandbox_kernel.provisioning.attach import read_connection_file
 from sandbox_kernel.provisioning.runtime import RuntimeDirectory
 from sandbox_kernel.session import Session
+from sandbox_kernel.testing import just_before
 
 pytestmark = pytest.mark.usefixtures("image")
 
@@ -65,6 +64,12 @@ async def running(session: Session, code: str, **limits: Any) -> None:
     call = asyncio.create_task(session.execute(code, **limits))
     KEPT.append(call)
     await until(lambda: any(cell.running for cell in session._feed.cells.values()))
+
+
+def last(say: Callable[[], None]) -> None:
+    """Say that the moment has come, and do nothing any more."""
+    say()
+    threading.Event().wait()
 
 
 KEPT: list[Any] = []
@@ -128,8 +133,8 @@ async def test_a_cell_that_ended_while_nobody_was_there(tmp_path: Path, work: An
 
 async def unsent(manager: SessionManager, say: Callable[[], None]) -> None:
     session = await manager.start("conv")
-    Kernel.send_execute = lambda self, message: say()  # type: ignore[method-assign]
-    await session.execute("never = 'began'")
+    with just_before("cell_sent", lambda: last(say)):
+        await session.execute("never = 'began'")
 
 
 async def test_a_cell_that_was_accepted_and_never_began(tmp_path: Path) -> None:
@@ -343,12 +348,8 @@ async def slow_to_die(manager: SessionManager, say: Callable[[], None]) -> None:
 
 
 async def half_started(manager: SessionManager, say: Callable[[], None]) -> None:
-    async def reached(*_: Any) -> None:
-        say()
-        await asyncio.Event().wait()
-
-    assembly._launched = reached
-    await manager.start("conv")
+    with just_before("kernel_launched", lambda: last(say)):
+        await manager.start("conv")
 
 
 @pytest.mark.parametrize("by", ["start", "get"])
@@ -369,9 +370,9 @@ async def test_killed_while_it_started(tmp_path: Path, engine: docker.DockerClie
 
 
 async def unmarked(manager: SessionManager, say: Callable[[], None]) -> None:
-    ArtifactStore.mark_logged = lambda self, ids: say()  # type: ignore[method-assign]
     session = await manager.start("conv")
-    await session.execute("open('artifacts/a.txt', 'w').write('a')")
+    with just_before("artifacts_marked", lambda: last(say)):
+        await session.execute("open('artifacts/a.txt', 'w').write('a')")
 
 
 async def test_killed_between_an_artifact_s_line_and_its_mark(tmp_path: Path) -> None:
@@ -384,9 +385,9 @@ async def test_killed_between_an_artifact_s_line_and_its_mark(tmp_path: Path) ->
 
 
 async def taking(manager: SessionManager, say: Callable[[], None]) -> None:
-    BlobFolder.place = lambda self, files: say() or time.sleep(60)  # type: ignore[method-assign, assignment, func-returns-value]
     session = await manager.start("conv")
-    await session.execute("with open('artifacts/big.bin', 'wb') as f: f.write(bytes(8 * 2**20))")
+    with just_before("blobs_placed", lambda: last(say)):
+        await session.execute("with open('artifacts/big.bin', 'wb') as f: f.write(bytes(8 * 2**20))")
 
 
 async def test_killed_while_a_file_was_being_taken(tmp_path: Path) -> None:

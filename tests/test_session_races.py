@@ -7,10 +7,8 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import docker
 import pytest
@@ -21,6 +19,7 @@ from sandbox_kernel import SessionManager, Settings
 from sandbox_kernel.errors import EngineUnavailable, RecordFull, SandboxError, SessionClosed
 from sandbox_kernel.provisioning.container import root_hash
 from sandbox_kernel.session import Session
+from sandbox_kernel.testing import just_before
 
 pytestmark = pytest.mark.usefixtures("image")
 
@@ -153,19 +152,11 @@ async def test_a_full_disk_while_the_next_kernel_starts(tmp_path: Path, engine: 
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-async def test_a_cell_that_was_swept_away_and_not_sent_again_has_its_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_cell_that_was_swept_away_and_not_sent_again_has_its_line(tmp_path: Path) -> None:
+    def gone() -> None:
+        raise EngineUnavailable("no engine any more")
+
     async with attacked(tmp_path) as session:
-        ready, asked = session._lifecycle.ready, 0
-
-        async def once() -> Any:
-            nonlocal asked
-            asked += 1
-            if asked > 1:
-                raise EngineUnavailable("no engine any more")
-            return await ready()
-
         client = AsyncKernelClient()
         client.load_connection_file(str(session.connection_file))
         client.start_channels()
@@ -173,9 +164,10 @@ async def test_a_cell_that_was_swept_away_and_not_sent_again_has_its_line(
             await client.wait_for_ready(timeout=20)
             client.execute("import time; time.sleep(0.5); 1/0")
             await running(session)
-            monkeypatch.setattr(session._lifecycle, "ready", once)
-            with pytest.raises(EngineUnavailable):
-                await session.execute("'swept'")
+            call = asyncio.create_task(session.execute("'swept'"))
+            await until((folder(session) / ".pending").read_bytes)
+            with just_before("kernel_wanted", gone), pytest.raises(EngineUnavailable):
+                await call
         finally:
             client.stop_channels()
         await session.stop()
@@ -190,16 +182,9 @@ async def test_a_cell_that_was_swept_away_and_not_sent_again_has_its_line(
 
 async def test_a_session_that_has_become_busy_is_not_idle(tmp_path: Path) -> None:
     async with SessionManager(Settings(sessions_root=tmp_path, idle_timeout_s=1)) as manager:
-        first, second = await asyncio.gather(manager.start("a"), manager.start("b"))
-        stop, began = first.stop, asyncio.Event()
-
-        async def slowly(**reason: Any) -> None:
-            began.set()
-            await asyncio.sleep(0.3)
-            await stop(**reason)
-
-        first.stop = slowly  # type: ignore[method-assign]
-        await asyncio.wait_for(began.wait(), 5)
+        await asyncio.gather(manager.start("a"), manager.start("b"))
+        first, second = manager.sessions.values()
+        await until(lambda: first.status == "stopped")  # its container is being removed, which takes a while
         assert (await second.execute("import time; time.sleep(0.8); 'ran'")).result == "'ran'"
 
 
@@ -225,25 +210,19 @@ async def test_a_start_that_the_managers_end_overtakes(tmp_path: Path, engine: d
         await manager.start("later")
 
 
-async def test_a_spare_that_dies_before_it_is_ready(
-    tmp_path: Path, engine: docker.DockerClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sandbox_kernel.kernel import Kernel
-
-    request: Callable[..., Any] = Kernel.request
+async def test_a_spare_that_dies_before_it_is_ready(tmp_path: Path, engine: docker.DockerClient) -> None:
     killed: list[str] = []
 
-    async def asked(self: Kernel, channel: str, msg_type: str, content: Any = None) -> Any:
-        if msg_type == "execute_request" and not killed:
+    def kill() -> None:
+        if not killed:
             label = f"sandbox-kernel.root={root_hash(tmp_path)}"
             killed.append(engine.api.containers(filters={"label": label})[0]["Id"])
             engine.api.kill(killed[0])
-        return await request(self, channel, msg_type, content)
 
-    monkeypatch.setattr(Kernel, "request", asked)
-    async with SessionManager(Settings(sessions_root=tmp_path, pool_size=1)) as manager:
-        await asyncio.wait_for(manager.pool.full(), 10)
-        await asyncio.wait_for(manager.pool.full(), 10)
-        assert killed
-        assert len(manager.pool) == 1
+    with just_before("spare_warmed", kill):
+        async with SessionManager(Settings(sessions_root=tmp_path, pool_size=1)) as manager:
+            await asyncio.wait_for(manager.pool.full(), 10)
+            await asyncio.wait_for(manager.pool.full(), 10)
+            assert killed
+            assert len(manager.pool) == 1
     assert left(engine, tmp_path) == []
