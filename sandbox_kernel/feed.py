@@ -127,7 +127,8 @@ class Feed:
         self._past: OrderedDict[str, int | None] = OrderedDict()
         self.execution_count = 0
         """The highest count seen."""
-        self._unrecorded = 0
+        self.unrecorded = 0
+        """Ended cells that wait for their line."""
         self._heard = 0.0
         """When iopub last said anything."""
         self.on_adopted_idle: Callable[[Cell], None] | None = None
@@ -274,17 +275,17 @@ class Feed:
             cell.overdue.cancel()
         cell.end(status)
         self._remember(cell)
-        self._unrecorded += 1
+        self.unrecorded += 1
         cell.recorded = self._recorded
         self._on_finished(cell)
 
     def _recorded(self) -> None:
-        self._unrecorded -= 1
+        self.unrecorded -= 1
 
     @property
     def behind(self) -> bool:
         """So many cells wait for their line that the kernel is to be read no further."""
-        return self._unrecorded > MAX_UNRECORDED
+        return self.unrecorded > MAX_UNRECORDED
 
     def abandon_all(self, status: Status) -> None:
         for cell in list(self.cells.values()):

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 METADATA_AFTER_S = 0.001
 """``session_metadata.json`` has a cell's number so soon after its line is in the log, unless cell follows cell."""
 METADATA_EVERY_S = 0.05
+TOLD = frozenset({"lost_names", "path", "reason", "message", "host"})
+"""Fields of events whose text the kernel chooses: a secret can be in them."""
 ARTIFACTS_PER_LINE = 1_000
 """In one ``artifacts_created``: a path may be 16 kB long, and no line may be longer than readers take."""
 FEW = 20
@@ -159,7 +161,7 @@ class Ledger:
     def append(self, event: str, /, **fields: Any) -> None:
         """A line whose loss nobody waits for; a failure to write it is raised to the next caller."""
         try:
-            self.recorder.append(event, **fields)
+            self.recorder.append(event, **{k: self.masked_tree(v) if k in TOLD else v for k, v in fields.items()})
         except RecordError as exc:
             self.failure = exc
 
@@ -167,8 +169,12 @@ class Ledger:
         files = [artifact for artifact in artifacts if artifact.kind != "output"]
         for start in range(0, len(files), ARTIFACTS_PER_LINE):
             batch = files[start : start + ARTIFACTS_PER_LINE]
+            told = batch
+            if self._mask is not None:  # a file can be named after one
+                names = [{"filename": self.masked(item.filename), "path": self.masked(item.path)} for item in batch]
+                told = [item.model_copy(update=name) for item, name in zip(batch, names, strict=True)]
             try:
-                self.recorder.artifacts_created(batch)
+                self.recorder.artifacts_created(told)
             except RecordError as exc:
                 self.failure = exc
                 return

@@ -23,9 +23,11 @@ from sandbox_kernel.lifecycle import Lifecycle
 from sandbox_kernel.logfile import iter_log_backwards
 from sandbox_kernel.message import count_of
 from sandbox_kernel.record import NoRecorder, Recorder
-from sandbox_kernel.workspace import Workspace
+from sandbox_kernel.workspace import Workspace, known_names
 
 NOTE = "ran while no host process was attached: what it printed then is not known"
+SETTLE_S = 2.0
+"""How long a session that is taken over waits for the lines of cells that have ended."""
 MAX_ID = 1_000
 """Characters of a msg_id, as in the messages of a kernel (:mod:`sandbox_kernel.message`)."""
 Entry = dict[str, Any]
@@ -105,8 +107,12 @@ class Takeover:
         for cell in list(self._feed.cells.values()):
             if cell.adopted:
                 self._resume(cell, lifecycle)
-        if self._feed.cells:
-            lifecycle.tasks.spawn(self._settle(lifecycle))
+        adopted = [cell for cell in self._feed.cells.values() if cell.adopted]
+        if adopted:
+            settling = lifecycle.tasks.spawn(self._settle(lifecycle, adopted))
+            if all((journal.get(cell.msg_id) or {}).get("ended_at") for cell in adopted):
+                # Nothing runs: a cell that was sent now would come before them, and take the files they made.
+                await asyncio.wait({settling}, timeout=SETTLE_S)
 
     def _resume(self, cell: Cell, lifecycle: Lifecycle) -> None:
         if cell.idle:
@@ -118,9 +124,8 @@ class Takeover:
             # At least a moment: its end may be on its way. The clock may have jumped.
             lifecycle.watch(cell, min(limit, max(0.5, limit - max(0.0, spent))))
 
-    async def _settle(self, lifecycle: Lifecycle) -> None:
+    async def _settle(self, lifecycle: Lifecycle, adopted: list[Cell]) -> None:
         """End the adopted cells whose end nobody saw, once the kernel has answered what came after them."""
-        adopted = [cell for cell in self._feed.cells.values() if cell.adopted]
         kernel = lifecycle.kernel
         if kernel is None:
             return
@@ -131,6 +136,8 @@ class Takeover:
         journal = await self._journal()
         for cell in adopted:
             self._conclude(cell, journal.get(cell.msg_id))
+        while self._feed.unrecorded:  # noqa: ASYNC110 - the ledger tells nobody; once in a session
+            await asyncio.sleep(0.005)
 
     async def _close(self, cell: Cell) -> None:
         """The kernel is done with an adopted cell; its journal says so a moment later."""
@@ -166,7 +173,7 @@ class Takeover:
     async def bury(self, death: KernelDeath | None) -> None:
         """Nothing lives: every accepted cell gets its line, and the log says what happened."""
         journal = await self._journal()
-        lost = sorted((await self._workspace.read_state()).variables)
+        lost = await known_names(self._workspace)
         if death is not None:
             self._ledger.append("kernel_died", **death.model_dump(), lost_names=lost)
         for cell in [cell for cell in self._feed.cells.values() if cell.adopted]:

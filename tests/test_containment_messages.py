@@ -212,7 +212,7 @@ time.sleep(60)
 
         async def count() -> None:
             while True:
-                most[0] = max(most[0], feed._unrecorded)
+                most[0] = max(most[0], feed.unrecorded)
                 await asyncio.sleep(0.005)
 
         counter = asyncio.create_task(count())

@@ -196,7 +196,7 @@ class Hook:
                 break
             plain = type(name) is str and name not in hidden and not _IPYTHON.fullmatch(name)
             if plain and not is_kind(type(namespace[name]), types.ModuleType):
-                found.append(clean(name[:SMALL]))
+                found.append(clean(self.describer.hide(name)[:SMALL]))
         return found
 
     def _write_journal(self) -> None:
@@ -289,7 +289,7 @@ class Hook:
             if cached is not None and cached[0] is value:
                 fragment = cached[1]
             else:
-                fragment = _fragment(name, self.describer.describe(name, value))
+                fragment = _fragment(self.describer.hide(name), self.describer.describe(name, value))
             if id(type(value)) in _IMMUTABLE and len(fragment) <= 2 * SMALL:
                 cache[name] = (value, fragment)
             size += len(fragment)
