@@ -25,7 +25,7 @@ from jupyter_client.connect import KernelConnectionInfo
 LAUNCH = Path(__file__).parent.parent / "sandbox_kernel" / "kernel_side" / "launch.py"
 CONFIGURED = ("memory_history", "no_sleep", "quiet_streams")
 PATCHED = (
-    "forward_unread",
+    "in_one_thread",
     "busy_with_input",
     "pack_at_once",
     "log_no_details",
@@ -64,13 +64,23 @@ def kernel(options: dict[str, Any], spawn: list[str] | None = None) -> Iterator[
         client = BlockingKernelClient()
         client.load_connection_info(KernelConnectionInfo(**info))  # type: ignore[typeddict-item]
         client.start_channels()
-        client.wait_for_ready(timeout=60)
         try:
+            _wait_for(client)
             yield client
         finally:
             client.stop_channels()
             process.terminate()
             process.wait()
+
+
+def _wait_for(client: BlockingKernelClient, limit: float = 60.0) -> None:
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            return client.wait_for_ready(timeout=limit)
+        except RuntimeError:  # "Kernel died": what jupyter_client calls a start that is slower than its heartbeat
+            if time.monotonic() > deadline:
+                raise
 
 
 def seconds(client: BlockingKernelClient, code: str) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from IPython.core.compilerop import CachingCompiler
 from IPython.core.inputtransformer2 import TransformerManager
 from IPython.core.interactiveshell import InteractiveShell
-from launched import Launched, launched, wait_for
+from launched import Launched, launched
 
 from sandbox_kernel.kernel_side import trims
 
@@ -134,17 +135,44 @@ def test_an_unsigned_request_is_not_run(kernel: Launched) -> None:
     assert kernel.printed("print('forged' in dir())") == "False\n"
 
 
-def test_subshells_still_get_their_cells(kernel: Launched) -> None:
+def test_no_subshells_are_promised(kernel: Launched) -> None:
+    kernel.client.kernel_info()
+    info = kernel.client.get_shell_msg(timeout=10)["content"]
+    assert "kernel subshells" not in info.get("supported_features", [])
+
+
+@pytest.mark.parametrize("waits", ["import time; time.sleep(0.2)", "import asyncio; await asyncio.sleep(0.2)"])
+def test_a_failing_cell_aborts_those_that_wait_and_no_others(kernel: Launched, waits: str) -> None:
     client = kernel.client
-    client.session.send(client.control_channel.socket, "create_subshell_request", {})
-    subshell = client.get_control_msg(timeout=10)["content"]["subshell_id"]
-    request = client.session.msg("execute_request", {"code": "import threading; where = threading.current_thread()"})
-    request["header"]["subshell_id"] = subshell
-    client.shell_channel.send(request)
-    wait_for(lambda: "True" in kernel.printed("print('where' in dir())"), "the subshell's cell")
-    assert kernel.printed("import threading\nprint(where is threading.main_thread())") == "False\n"
-    client.session.send(client.control_channel.socket, "delete_subshell_request", {"subshell_id": subshell})
-    assert client.get_control_msg(timeout=10)["content"]["status"] == "ok"
+    sent = [client.execute(f"{waits}; 1 / 0"), *(client.execute("pass") for _ in range(5))]
+
+    def statuses() -> list[str]:
+        found: dict[str, str] = {}
+        while len(found) < len(sent):
+            reply = client.get_shell_msg(timeout=10)
+            found[reply["parent_header"]["msg_id"]] = reply["content"]["status"]
+        return [found[msg_id] for msg_id in sent]
+
+    assert statuses() == ["error"] + ["aborted"] * 5
+    sent = [client.execute("pass")]
+    assert statuses() == ["ok"]
+
+
+def test_an_ipykernel_that_uses_its_shell_thread_elsewhere_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ipykernel.kernelbase import Kernel
+
+    from sandbox_kernel.kernel_side import application
+
+    app, said = SimpleNamespace(shell_channel_thread="its own"), []
+    monkeypatch.setattr(Kernel, "do_shutdown", lambda self: self.shell_channel_thread.name)
+    trims.attempt(application.in_one_thread, True, said.append, app)
+    assert app.shell_channel_thread == "its own"
+    assert "in_one_thread left out" in said[0]
+    assert "do_shutdown" in said[0]
+    monkeypatch.undo()
+    trims.attempt(application.in_one_thread, True, said.append, app)
+    assert not app.shell_channel_thread
+    assert len(said) == 1
 
 
 def test_output_is_complete_when_the_cell_ends(kernel: Launched) -> None:

@@ -217,7 +217,7 @@ class Hook:
 
             poll.register(self.kernel.shell_stream.socket.getsockopt(zmq.FD), select.POLLIN)
             thread = getattr(self.kernel, "shell_channel_thread", None)
-            if thread is not None:  # ipykernel 7: it reads the shell socket, and hands on to the main thread
+            if thread:  # ipykernel 7's own way: it reads the shell socket, and hands on to the main thread
                 pair = thread.manager.get_shell_channel_to_subshell_pair(None)
                 poll.register(pair.to_socket.getsockopt(zmq.FD), select.POLLIN)
         except Exception as exc:

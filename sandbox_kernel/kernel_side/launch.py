@@ -94,6 +94,7 @@ def preload(options: Options) -> None:
         say(f"this image has no ipykernel that can be imported ({exc}); install it there: pip install ipykernel")
         raise SystemExit(EX_CONFIG) from None
     importlib.import_module(f"{PACKAGE}.hook")
+    importlib.import_module(f"{PACKAGE}.application")
     # What ipykernel itself imports only while its application starts.
     lazily = ["ipykernel.debugger", "IPython.core.magics", "IPython.core.completer", "IPython.display"]
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
@@ -246,34 +247,7 @@ def run_kernel(options: Options, connection_file: str) -> None:
     if "numpy" in sys.modules:  # its generator was seeded before the fork: each kernel would draw the same numbers
         sys.modules["numpy"].random.seed()
 
-    import zmq
-    from ipykernel.kernelapp import IPKernelApp
     from traitlets.config import Config
-
-    class KernelApp(IPKernelApp):  # type: ignore[misc, unused-ignore]
-        """ipykernel's application, with an iopub socket that drops nothing, and a kernel that `exit` does not end.
-
-        The socket's high-water mark of 1,000 messages would drop what a cell prints fast, and the idle message with it.
-        The mark must be set before the socket is bound, so as the context's default while this one socket is made.
-        """
-
-        def init_iopub(self, context: Any) -> None:
-            context.setsockopt(zmq.SNDHWM, 0)
-            try:
-                super().init_iopub(context)
-            finally:
-                context.sockopts.pop(zmq.SNDHWM, None)
-
-        def init_shell(self) -> None:
-            """`exit` in a cell is told to the client, which may close its window; the kernel is its session's to end.
-
-            ipykernel's own would end it a tenth of a second later: the cell is ok, and the variables are gone.
-            """
-            super().init_shell()
-            shell: Any = self.shell
-            shell.ask_exit = lambda: shell.payload_manager.write_payload(
-                {"source": "ask_exit", "keepkernel": shell.keepkernel_on_exit}
-            )
 
     config = Config()
     config.IPKernelApp.connection_file = connection_file
@@ -282,7 +256,7 @@ def run_kernel(options: Options, connection_file: str) -> None:
     config.SandboxHook = Config({name: options[name] for name in ("state_dir", "mask_secrets", "trims")})
     config.SandboxHook.secrets = list(secrets.values())
     sys.modules[f"{PACKAGE}.trims"].configure(config, options["trims"])
-    app = KernelApp.instance(config=config)
+    app = sys.modules[f"{PACKAGE}.application"].KernelApp.instance(config=config, chosen=options["trims"], say=say)
     app.initialize([])
     app.start()
     # A thread of the user's that never ends must not keep a kernel that was asked to exit.

@@ -155,32 +155,6 @@ def keep_no_outputs(shell: Any, kernel: Any) -> None:
     shell.events.register("post_run_cell", lambda result: outputs.clear())
 
 
-def forward_unread(shell: Any, kernel: Any) -> None:
-    """ipykernel's shell thread checks and parses each request to learn which subshell it is for, then the main thread
-    does both again. Without the words in its header it is for the main shell: hand it on as it is.
-    """
-    thread, usual = kernel.shell_channel_thread, kernel.shell_channel_thread_main
-    main = thread.manager.get_shell_channel_to_subshell_socket(None)
-
-    async def shell_channel_thread_main(msg: Any) -> None:
-        header = _header(msg)
-        if header is None or b"subshell_id" in header or b"comm_" in header:
-            await usual(msg)
-        else:
-            async with thread.asyncio_lock:  # the one that keeps requests in their order
-                main.send_multipart(msg, copy=False)
-
-    kernel.shell_channel_thread_main = shell_channel_thread_main
-
-
-def _header(frames: Any) -> Any:
-    """The bytes of a request's header, ``None`` where there is none: identities, delimiter, signature, header, ..."""
-    for at, frame in enumerate(frames[:-2]):
-        if frame.bytes == b"<IDS|MSG>":
-            return frames[at + 2].bytes
-    return None
-
-
 def busy_with_input(shell: Any, kernel: Any) -> None:
     """Wake the thread that sends once for ``busy`` and ``execute_input``, which follows at once, not for each."""
     thread, main = kernel.iopub_thread, threading.get_ident()
@@ -264,7 +238,6 @@ def remember_signatures(shell: Any, kernel: Any) -> None:
 
 
 PATCHED = (
-    forward_unread,
     busy_with_input,
     pack_at_once,
     log_no_details,
@@ -280,9 +253,13 @@ PATCHED = (
 def apply(shell: Any, kernel: Any, chosen: Chosen, say: Callable[[str], None]) -> None:
     """Apply the trims to a kernel that is being made; called by the hook."""
     for trim in PATCHED:
-        if not wants(chosen, trim):
-            continue
+        attempt(trim, chosen, say, shell, kernel)
+
+
+def attempt(trim: Callable[..., None], chosen: Chosen, say: Callable[[str], None], *where: Any) -> None:
+    """Apply one, or ``say`` why not."""
+    if wants(chosen, trim):
         try:
-            trim(shell, kernel)
+            trim(*where)
         except (AttributeError, ImportError, TypeError, ValueError) as exc:
             say(f"trim {trim.__name__} left out, ipykernel has moved: {exc}")
