@@ -16,7 +16,6 @@ import atexit
 import contextlib
 import json
 import os
-import queue
 import re
 import select
 import sys
@@ -28,13 +27,13 @@ from itertools import islice
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 from . import trims
-from .cells import Cell, Journal, now, replace
+from .cells import Cell, Journal, now
 from .describe import SMALL, clean, is_kind
 from .endings import Endings
 from .imports import Imports
 from .libraries import LibraryDescriber
+from .writer import Writer
 
-STATE = "python_state.json"
 KEPT = 2_000
 """Variables described; of more, the newest."""
 MAX_BYTES = 2_000_000
@@ -65,32 +64,13 @@ def say(text: str) -> None:
             os.write(_log, f"sandbox-kernel: {text}\n".encode("utf-8", "backslashreplace"))
 
 
-class Writer(threading.Thread):
-    """Replaces the state file. A thread, as a file system may take milliseconds; it runs no Python worth mentioning."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(name="sandbox-kernel state", daemon=True)
-        self.path = path
-        self.waiting: "queue.SimpleQueue[bytes]" = queue.SimpleQueue()
-
-    def run(self) -> None:
-        while True:
-            data = self.waiting.get()
-            while not self.waiting.empty():
-                data = self.waiting.get()
-            try:
-                replace(self.path, data)
-            except OSError as exc:
-                say(f"cannot write {self.path}: {exc}")
-
-
 class Hook:
     """State and journal of one kernel. Values are looked at in the main thread only."""
 
     def __init__(self, shell: Any, kernel: Any, state_dir: str, mask: bool, secrets: List[str]) -> None:
         self.shell = shell
         self.kernel = kernel
-        self.writer = Writer(os.path.join(state_dir, STATE))
+        self.writer = Writer(state_dir, say)
         self.journal = Journal(state_dir)
         self.describer = LibraryDescriber(secrets, mask)
         self.imports = Imports()
@@ -103,7 +83,6 @@ class Hook:
         self.last: Dict[str, Any] = {"execution_count": 0, "msg_id": None}
         self.ended: List[Tuple[str, Optional[int]]] = []
         self.cache: Dict[str, Tuple[Any, str]] = {}
-        self.described: Set[str] = set()
         self.poll: Any = None
 
     def install(self) -> None:
@@ -157,7 +136,7 @@ class Hook:
         shell.run_code = run_code_watched
         atexit.register(self._write_journal)
         self.writer.start()
-        self._write([], 0)
+        self._write([], [])
 
     # --- around a cell -------------------------------------------------------------------------
 
@@ -173,7 +152,7 @@ class Hook:
         cell = Cell(parent, self.kernel.execution_count, self.describer.hide)
         _cell.set(cell)
         # If this one takes the kernel with it, the state will never say what the cell before has made.
-        behind = self.lagging_since is not None
+        behind = self.lagging_since is not None or self.writer.behind
         self.journal.waiting.append({**cell.entry, "names": self._newest()} if behind else cell.entry)
         self._write_journal()
 
@@ -192,7 +171,7 @@ class Hook:
         """The names that the state does not have yet, as far as they are at the end of the namespace."""
         namespace, hidden, found = self.shell.user_ns, self.shell.user_ns_hidden, []
         for name in islice(reversed(namespace), NEWEST):
-            if name in self.described:
+            if name in self.writer.names:
                 break
             plain = type(name) is str and name not in hidden and not _IPYTHON.fullmatch(name)
             if plain and not is_kind(type(namespace[name]), types.ModuleType):
@@ -299,8 +278,8 @@ class Hook:
             if i % STEP == STEP - 1 or "shape" in fragment:
                 yield  # after each few, and after each that may have taken a while
         del value
-        self.cache, self.described = cache, set(names)
-        self._write(fragments, len(names), self.imports.names(modules))
+        self.cache = cache
+        self._write(fragments, names, self.imports.names(modules))
         if self.journal.too_long:
             yield
             try:
@@ -308,15 +287,15 @@ class Hook:
             except OSError as exc:
                 say(f"cannot shorten {self.journal.path}: {exc}")
 
-    def _write(self, fragments: List[str], count: int, modules: Optional[List[str]] = None) -> None:
+    def _write(self, fragments: List[str], names: List[str], modules: Optional[List[str]] = None) -> None:
         ours: Dict[str, Any] = dict(self.last)
-        if count > len(fragments):
-            ours["variable_count"] = count
+        if len(names) > len(fragments):
+            ours["variable_count"] = len(names)
         # The document's three fields first, in its order.
         text = f'{{"timestamp": {json.dumps(now())},\n"variables": {{\n' + ",\n".join(fragments) + "\n},\n"
         text += f'"imported_modules": {json.dumps([clean(name[:SMALL]) for name in modules or []])},\n'
         text += json.dumps(ours)[1:] + "\n"
-        self.writer.waiting.put(text.encode("ascii"))
+        self.writer.put(text.encode("ascii"), set(names))
 
 
 def _fragment(name: str, found: Dict[str, Any]) -> str:
