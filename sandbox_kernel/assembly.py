@@ -105,7 +105,7 @@ async def assemble(
                 opening.store,
                 opening.session_id,
                 on_created=ledger.created,
-                on_refused=ledger.refused,
+                on_refused=ledger.refusals.add,
             )
         )
         workspace = TmpfsWorkspace(spool)

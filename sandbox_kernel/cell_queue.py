@@ -8,10 +8,11 @@ from contextlib import suppress
 
 from sandbox_kernel.backlog import Backlog
 from sandbox_kernel.errors import SandboxError
-from sandbox_kernel.events import CellEvent, ExecutionResult, Finished
+from sandbox_kernel.events import CellEvent, Finished
 from sandbox_kernel.feed import Cell, Feed
 from sandbox_kernel.ledger import Ledger
 from sandbox_kernel.lifecycle import Lifecycle
+from sandbox_kernel.outcome import Outcome
 from sandbox_kernel.record import NoRecorder, Recorder
 
 
@@ -46,20 +47,20 @@ class CellQueue:
             swept: str | None = None
             while True:
                 backlog = self._feed.backlog() if events else None
-                cell, closed = await self._send(code, limit, backlog, swept)
+                cell, outcome = await self._send(code, limit, backlog, swept)
                 timer = self._lifecycle.watch(cell, limit)
                 try:
                     if backlog is not None:
                         with backlog:
                             async for event in backlog:
                                 yield event
-                    result = await asyncio.shield(closed)
+                    result = await outcome.result()
                 finally:
                     if timer is not None:
                         timer.cancel()
-                    if not closed.done():
+                    if not outcome.closed:
                         # The caller was cancelled or left the loop: end the cell before the next one's turn.
-                        await asyncio.shield(self._lifecycle.tasks.spawn(self._give_up(cell, closed)))
+                        await asyncio.shield(self._lifecycle.tasks.spawn(self._give_up(cell, outcome)))
                 if result.status != "aborted":
                     yield Finished(msg_id=cell.msg_id, result=result)
                     return
@@ -68,7 +69,7 @@ class CellQueue:
 
     async def _send(
         self, code: str, limit: float | None, backlog: Backlog | None, instead_of: str | None
-    ) -> tuple[Cell, asyncio.Future[ExecutionResult]]:
+    ) -> tuple[Cell, Outcome]:
         self._check_open()
         if self._ledger.failure is not None:
             failure, self._ledger.failure = self._ledger.failure, None
@@ -90,20 +91,11 @@ class CellQueue:
         if instead_of is not None:
             self._recorder.retract(instead_of)
         cell = self._feed.expect(msg_id, code, None if backlog is None else backlog.put)
-        closed = self._ledger.results[msg_id] = asyncio.get_running_loop().create_future()
-        closed.add_done_callback(_retrieved)
-        if backlog is not None:
-            closed.add_done_callback(lambda _: backlog.end())
+        outcome = self._ledger.outcomes[msg_id] = Outcome(None if backlog is None else backlog.end)
         kernel.send_execute(message)
-        return cell, closed
+        return cell, outcome
 
-    async def _give_up(self, cell: Cell, closed: asyncio.Future[ExecutionResult]) -> None:
+    async def _give_up(self, cell: Cell, outcome: Outcome) -> None:
         await self._lifecycle.end_cell(cell, "interrupted")
         with suppress(SandboxError):
-            await asyncio.shield(closed)
-
-
-def _retrieved(future: asyncio.Future[ExecutionResult]) -> None:
-    """A caller who went away does not want to be told of an exception that was never retrieved."""
-    if not future.cancelled():
-        future.exception()
+            await outcome.result()

@@ -20,6 +20,7 @@ MAX_WAITING = 4
 """Messages that zmq reads ahead of us: each may be large. The rest waits in the kernel, which drops none of it. (More
 for small ones gains nothing, and to change the number while connected makes zmq wait for ever.)"""
 HELD_S = 0.01
+_MORE, _READABLE = int(zmq.SNDMORE), int(zmq.POLLIN)
 
 
 class Channel:
@@ -50,7 +51,10 @@ class Channel:
 
     def send(self, message: Message) -> None:
         try:
-            self._socket.send_multipart(write_message(self._wire, message))
+            *frames, last = write_message(self._wire, message)
+            for frame in frames:  # as send_multipart, which checks each frame once more, in a third of its time
+                self._socket.send(frame, _MORE)
+            self._socket.send(last)
         except zmq.Again:  # a kernel that reads nothing must not stop the event loop
             log.warning("a request was dropped: a thousand wait already, and the kernel takes none")
         # The send may have consumed the edge of a message that came meanwhile.
@@ -66,9 +70,9 @@ class Channel:
                     self._held = self._loop.call_later(HELD_S, self._read_on)
                 return
             try:
+                if not int(self._socket.getsockopt(zmq.EVENTS)) & _READABLE:  # half the price of trying in vain
+                    return
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
             except zmq.ZMQError:
                 return
             messages += 1

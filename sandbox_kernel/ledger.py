@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from hashlib import sha256
 from typing import Any, Protocol
 
 from sandbox_kernel.artifacts.store import ArtifactStore
@@ -19,8 +18,11 @@ from sandbox_kernel.events import Artifact, ArtifactCreated, ExecutionResult, ti
 from sandbox_kernel.feed import OWN_ORIGIN, Cell
 from sandbox_kernel.late import LateOutput
 from sandbox_kernel.masking import Masker
-from sandbox_kernel.outputs import Output, for_log
+from sandbox_kernel.outcome import Outcome
+from sandbox_kernel.outputs import Output
+from sandbox_kernel.payloads import Payloads, is_light
 from sandbox_kernel.record import NoRecorder, Recorder
+from sandbox_kernel.refusals import Refusals
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +33,13 @@ TOLD = frozenset({"lost_names", "path", "reason", "message", "host"})
 """Fields of events whose text the kernel chooses: a secret can be in them."""
 ARTIFACTS_PER_LINE = 1_000
 """In one ``artifacts_created``: a path may be 16 kB long, and no line may be longer than readers take."""
-FEW = 20
-"""Outputs that are quickly dealt with."""
-REFUSALS, REFUSALS_PER_S = 200, 20
-"""Lines that tell of refused files: so many as they come, then so many a second; the rest is counted."""
 
 
 class Watch(Protocol):
     """What sees the artifacts of a session: ``artifacts.observer.Observer`` or ``artifacts.remote.RemoteSpool``."""
 
     def cell_started(self, msg_id: str, execution_count: int | None) -> None: ...
+    def settled(self, msg_id: str) -> list[Artifact] | None: ...
     async def cell_finished(self, msg_id: str) -> list[Artifact]: ...
     async def drain(self) -> list[Artifact]: ...
 
@@ -58,14 +57,16 @@ class Ledger:
         self._mask = mask
         self._queue: asyncio.Queue[Cell | None] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
+        self._waits = False
+        """The task is at a cell that ended before."""
         self._current: Cell | None = None
         self._held: list[Artifact] | None = None
         self.late = LateOutput(self.append, self.masked)
         self._written = 0.0
-        self._refusals, self._refilled = float(REFUSALS), 0.0
-        self._untold = 0
-        self._refusals_timer: asyncio.TimerHandle | None = None
-        self.results: dict[str, asyncio.Future[ExecutionResult]] = {}
+        self.refusals = Refusals(self.append)
+        self._payloads = Payloads(session_id, store, mask, self.append)
+        self.outcomes: dict[str, Outcome] = {}
+        """What callers wait for, by msg_id."""
         self.notes: dict[str, dict[str, Any]] = {}
         """Further fields of a cell's result by msg_id: ``state_preserved``, ``lost_names``, ``death``."""
         self.on_recorded: Callable[[ExecutionResult], None] | None = None
@@ -84,34 +85,40 @@ class Ledger:
         if self._task is not None:
             await self._task
         self.late.flush()
-        self._tell_the_rest()
-        for waiting in self.results.values():
-            if not waiting.done():
-                waiting.set_exception(
-                    SessionClosed(
-                        f"session {self.session_id!r} was let go of while its cell ran; it goes on, and has its line "
-                        "in the log when the session is taken up again"
-                    )
+        self.refusals.flush()
+        for outcome in self.outcomes.values():
+            outcome.close(
+                SessionClosed(
+                    f"session {self.session_id!r} was let go of while its cell ran; it goes on, and has its line "
+                    "in the log when the session is taken up again"
                 )
+            )
 
     async def _run(self) -> None:
         while (cell := await self._queue.get()) is not None:
-            future = self.results.pop(cell.msg_id, None)
+            self._waits = True
             try:
-                result = await self._close(cell)
+                self._tell(cell, await self._close(cell))
             except Exception as exc:  # the caller must hear of it, and the next cell must still be closed
-                log.warning("session %s, cell %s: %s", self.session_id, cell.msg_id, repr(exc))
-                if future is not None and not future.done():
-                    future.set_exception(exc)
-                elif isinstance(exc, SandboxError):
-                    self.failure = exc
-                continue
+                self._tell(cell, exc)
             finally:
-                cell.recorded()
-            if future is not None and not future.done():
-                future.set_result(result)
-            if self.on_recorded is not None:
-                self.on_recorded(result)
+                self._waits = False
+
+    def _tell(self, cell: Cell, result: ExecutionResult | Exception) -> None:
+        """The books of ``cell`` are closed, or cannot be."""
+        cell.recorded()
+        outcome = self.outcomes.pop(cell.msg_id, None)
+        if isinstance(result, Exception):
+            log.warning("session %s, cell %s: %s", self.session_id, cell.msg_id, repr(result))
+            if outcome is not None:
+                outcome.close(result)
+            elif isinstance(result, SandboxError):
+                self.failure = result
+            return
+        if outcome is not None:
+            outcome.close(result)
+        if self.on_recorded is not None:
+            self.on_recorded(result)
 
     # -- what Feed and observer tell -------------------------------------------------------
 
@@ -121,7 +128,17 @@ class Ledger:
             self.watch.cell_started(cell.msg_id, cell.execution_count)
 
     def finished(self, cell: Cell) -> None:
-        self._queue.put_nowait(cell)
+        """Close its books: at once where nothing has to be waited for, else in their turn."""
+        result: ExecutionResult | Exception | None = None
+        if not self._waits and self._queue.empty():
+            try:
+                result = self._close_at_once(cell)
+            except Exception as exc:
+                result = exc
+        if result is None:
+            self._queue.put_nowait(cell)
+        else:
+            self._tell(cell, result)
 
     def created(self, artifacts: Sequence[Artifact]) -> None:
         """Artifacts whose rows are committed: told to the running cell's listener, then to the log."""
@@ -134,27 +151,6 @@ class Ledger:
             for artifact in artifacts:
                 if artifact.msg_id == cell.msg_id:
                     cell.listener(ArtifactCreated(msg_id=cell.msg_id, artifact=artifact))
-
-    def refused(self, refusals: Sequence[Any]) -> None:
-        """Files that the store does not take: they stay where they are, and the log says why."""
-        now = asyncio.get_running_loop().time()
-        self._refusals = min(REFUSALS, self._refusals + (now - self._refilled) * REFUSALS_PER_S)
-        self._refilled = now
-        told = min(len(refusals), int(self._refusals))
-        self._refusals -= told
-        for refusal in refusals[:told]:
-            self.append("artifact_refused", path=refusal.path, reason=refusal.reason)
-        self._untold += len(refusals) - told
-        if self._untold and self._refusals_timer is None:
-            self._refusals_timer = asyncio.get_running_loop().call_later(1.0, self._tell_the_rest)
-
-    def _tell_the_rest(self) -> None:
-        if self._refusals_timer is not None:
-            self._refusals_timer.cancel()
-            self._refusals_timer = None
-        untold, self._untold = self._untold, 0
-        if untold:
-            self.append("artifact_refused", path="...", reason=f"and {untold} more")
 
     # -- lines -----------------------------------------------------------------------------
 
@@ -181,60 +177,84 @@ class Ledger:
             with suppress(ArtifactError):  # who opens the session next finds the line, and marks them then
                 self.store.mark_logged([artifact.id for artifact in batch])
 
+    def _close_at_once(self, cell: Cell) -> ExecutionResult | None:
+        """As :meth:`_close`; None where a thread is needed or a look at the artifacts."""
+        outputs = cell.collector.outputs()
+        if cell.collector.truncated or not is_light(outputs):
+            return None
+        artifacts = [] if self.watch is None else self.watch.settled(cell.msg_id)
+        if artifacts is None:
+            return None
+        try:
+            lost: list[str] = []
+            return self._record(cell, outputs, self._payloads.keep_displays(outputs, lost), lost, artifacts)
+        finally:
+            self._leave(cell)
+
     async def _close(self, cell: Cell) -> ExecutionResult:
-        collector = cell.collector
-        artifacts: list[Artifact] = []
         self._held = []
         try:
+            artifacts: list[Artifact] = []
             if self.watch is not None:
                 try:
                     artifacts = await self.watch.cell_finished(cell.msg_id)
                 except ArtifactError as exc:  # they stay where they are
                     self.append("artifact_refused", path=".", reason=str(exc))
             lost: list[str] = []
-            spooled = await self._store_spools(cell, lost) if collector.truncated else []
-            outputs = collector.outputs()
-            result = ExecutionResult(
-                session_id=self.session_id,
-                msg_id=cell.msg_id,
-                code=cell.code,
-                status=cell.status,
-                origin=cell.origin,
-                stdout=collector.stdout,
-                stderr=collector.stderr,
-                outputs=outputs,
-                result=collector.result,
-                error=cell.error,
-                execution_count=cell.execution_count,
-                started_at=cell.started_at,
-                duration_s=cell.duration_s,
-                artifacts=artifacts,
-                truncated=collector.truncated or bool(spooled),
-                output_artifacts=spooled,
-                **self.notes.pop(cell.msg_id, {}),
-            )
-            self.late.flush()
-            await self._write(result, cell, lost)
+            spooled = await self._payloads.store_spools(cell, lost) if cell.collector.truncated else []
+            outputs = cell.collector.outputs()
+            if is_light(outputs):
+                logged = self._payloads.keep_displays(outputs, lost)
+            else:
+                # In a thread: pictures are decoded, hashed and synced, and other sessions would wait for that.
+                logged = await asyncio.to_thread(self._payloads.keep_displays, outputs, lost)
+            return self._record(cell, outputs, logged, lost, artifacts, spooled)
         finally:
             held, self._held = self._held or [], None
             self._log_artifacts(held)
-            if self._current is cell:
-                self._current = None
-        return result
+            self._leave(cell)
 
-    async def _write(self, result: ExecutionResult, cell: Cell, lost: list[str]) -> None:
-        if cell.own and cell.status == "aborted":
-            # Another client's failing cell swept it out of the kernel's queue before it ran: the session sends it
-            # again, and takes it back only when it has been accepted anew.
-            return
-        note = {} if cell.note is None else {"note": cell.note}
-        outputs = result.outputs
-        if len(outputs) <= FEW and all(output.get("data", {}).keys() <= {"text/plain"} for output in outputs):
-            outputs = self._keep_displays(outputs, lost)
-        else:
-            # In a thread: pictures are decoded, hashed and synced, and other sessions would wait for that.
-            outputs = await asyncio.to_thread(self._keep_displays, outputs, lost)
-        self.write(result.msg_id, **self._line(result, outputs, lost), **note)
+    def _leave(self, cell: Cell) -> None:
+        if self._current is cell:
+            self._current = None
+
+    def _record(
+        self,
+        cell: Cell,
+        outputs: list[Output],
+        logged: list[Output],
+        lost: list[str],
+        artifacts: list[Artifact],
+        spooled: Sequence[Artifact] = (),
+    ) -> ExecutionResult:
+        """The result, its line written. ``logged``: the outputs as the log has them."""
+        collector = cell.collector
+        result = ExecutionResult(
+            session_id=self.session_id,
+            msg_id=cell.msg_id,
+            code=cell.code,
+            status=cell.status,
+            origin=cell.origin,
+            stdout=collector.stdout,
+            stderr=collector.stderr,
+            outputs=outputs,
+            result=collector.result,
+            error=cell.error,
+            execution_count=cell.execution_count,
+            started_at=cell.started_at,
+            duration_s=cell.duration_s,
+            artifacts=artifacts,
+            truncated=collector.truncated or bool(spooled),
+            output_artifacts=list(spooled),
+            **self.notes.pop(cell.msg_id, {}),
+        )
+        self.late.flush()
+        # Not the line of one that another client's failing cell swept out of the kernel's queue before it ran: the
+        # session sends it again, and takes it back only when it has been accepted anew.
+        if not (cell.own and cell.status == "aborted"):
+            note = {} if cell.note is None else {"note": cell.note}
+            self.write(result.msg_id, **self._line(result, logged, lost), **note)
+        return result
 
     def write(self, msg_id: str, **line: Any) -> None:
         """A ``code_execution`` line (masked already) and the count of cells. Raises RecordError."""
@@ -295,50 +315,6 @@ class Ledger:
         if result.death is not None:
             fields["death"] = result.death.model_dump()
         return fields
-
-    def _keep_displays(self, outputs: list[Output], lost: list[str]) -> list[Output]:
-        """``outputs`` for the log, what they refer to put into the store (blocks)."""
-        blobs: dict[str, bytes] = {}
-
-        def keep(data: bytes) -> str:
-            digest = sha256(data).hexdigest()
-            blobs[digest] = data
-            return digest
-
-        logged = for_log(self.masked_tree(outputs), keep)
-        if blobs:
-            try:
-                self.store.put_blobs(blobs)
-            except ArtifactError as exc:  # what the store does not take must not cost the cell its line
-                lost.append(f"the bytes of its pictures could not be kept: {exc}")
-        return logged
-
-    async def _store_spools(self, cell: Cell, lost: list[str]) -> list[Artifact]:
-        stored = []
-        for spool in cell.collector.take_spools():
-            file = spool.whole()
-            if file is None:
-                lost.append(f"the whole output could not be kept: {spool.error and spool.error.strerror}")
-                continue
-            with file:
-                source = file if self._mask is None else self._mask.stream(file)
-                try:
-                    stored.append(
-                        await asyncio.to_thread(
-                            self.store.put_stream,
-                            self.session_id,
-                            f"cell-{cell.execution_count or 0}-{spool.filename}",
-                            source,
-                            kind="output",
-                            execution_count=cell.execution_count,
-                            msg_id=cell.msg_id,
-                            content_type=spool.content_type,
-                        )
-                    )
-                except ArtifactError as exc:
-                    lost.append(f"the whole output could not be kept: {exc}")
-                    self.append("artifact_refused", path=spool.filename, reason=str(exc))
-        return stored
 
     # -- masking ---------------------------------------------------------------------------
 

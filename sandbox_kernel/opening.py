@@ -82,7 +82,11 @@ async def _open_bind(session: Session, opening: Opening, stack: AsyncExitStack) 
         await asyncio.to_thread(opening.store.recover)
     log_unlogged(ledger, opening.store)
     observer = Observer(
-        directory.artifacts, opening.store, opening.session_id, on_created=ledger.created, on_refused=ledger.refused
+        directory.artifacts,
+        opening.store,
+        opening.session_id,
+        on_created=ledger.created,
+        on_refused=ledger.refusals.add,
     )
     for msg_id in may_run(recorder, read_cells(directory.state_dir)) if alive else ():
         observer.cell_started(msg_id, None)

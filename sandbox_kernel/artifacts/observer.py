@@ -126,19 +126,30 @@ class Observer:
         self._cells[msg_id] = self._cell
         self._books.cell_started(msg_id, fresh=not same)
 
+    def settled(self, msg_id: str) -> list[Artifact] | None:
+        """As :meth:`cell_finished` where nothing lies in ``artifacts/``; else None, and the cell has not ended yet."""
+        if self._lock.locked() or self._look or not self._empty():
+            return None
+        self._end(msg_id)
+        self._dirty.clear()
+        return self._books.cell_finished(msg_id)
+
     async def cell_finished(self, msg_id: str) -> list[Artifact]:
         """All artifacts the cell made, complete for the files closed by now; they are gone from ``artifacts/``.
 
         When the next cell runs already, what it may have touched is left to it. Raises ArtifactError.
         """
+        made = self.settled(msg_id)
+        if made is None:
+            await self._sweep(self._end(msg_id))
+            made = self._books.cell_finished(msg_id)
+        return made
+
+    def _end(self, msg_id: str) -> _Cell:
         cell = self._cells.pop(msg_id, None) or _Cell(msg_id)
         if cell is self._cell:
             self._running = False
-        if self._lock.locked() or self._look or not self._empty():
-            await self._sweep(cell)
-        else:
-            self._dirty.clear()
-        return self._books.cell_finished(msg_id)
+        return cell
 
     async def drain(self) -> list[Artifact]:
         """The kernel is gone: take everything, also what it left open. Raises ArtifactError."""

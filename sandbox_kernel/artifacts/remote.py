@@ -130,6 +130,9 @@ class RemoteSpool:
         self._ended.clear()
         self._wake.set()
 
+    def settled(self, msg_id: str) -> list[Artifact] | None:
+        """None: what lies in the container only a question to it can tell."""
+
     async def cell_finished(self, msg_id: str) -> list[Artifact]:
         """Sweeps and removes what is stored; everything the cell made, also what was ingested while it ran."""
         count = self._running.pop(msg_id, self._last[1] if self._last[0] == msg_id else None)
