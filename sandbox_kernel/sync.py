@@ -128,7 +128,7 @@ class Session:
 
     @property
     def container_id(self) -> str | None:
-        """The engine's id of the container; None with ``engine="local"``."""
+        """The engine's id of the container; None with ``engine="local"``, and while a dead one is replaced."""
         return self._session.container_id
 
     @property
