@@ -9,7 +9,7 @@ BIN    := .venv/bin
 STAMPS := .cache/make
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format image viewer lab bench crash soak engine venv browser clean
+.PHONY: help demo test check format image viewer lab bench crash soak gvisor engine venv browser clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ crash: image ## SIGKILL at random moments; the books must balance [ROUNDS=200] [
 
 soak: image ## many sessions for long; nothing may be left behind [ROUNDS=20] [SEED=...] [ARGS="--cells 200"]
 	PYTHONPATH=tests $(BIN)/python -m campaigns.soak $(if $(ROUNDS),--sessions $(ROUNDS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+gvisor: image ## the attacks on sessions under gVisor, fetched, on an engine of its own; as root [ARGS="-k word"]
+	@$(call need,ip,iproute2)
+	PYTHONPATH=tests $(BIN)/python -m campaigns.gvisor $(ARGS)
 
 venv: $(STAMPS)/venv ## the environment in .venv
 

@@ -19,7 +19,7 @@ from sandbox_kernel.provisioning.bringup import engine_status, plan
 from sandbox_kernel.provisioning.egress_image import IMAGE as EGRESS_IMAGE
 from sandbox_kernel.provisioning.engine import Engine
 from sandbox_kernel.provisioning.image import TAG, is_current
-from sandbox_kernel.provisioning.probe import Probe, engine_runtimes, probe
+from sandbox_kernel.provisioning.probe import Probe, probe
 from sandbox_kernel.provisioning.runtime import kernel_ids
 from sandbox_kernel.settings import Settings
 
@@ -132,7 +132,7 @@ def _guarded(name: str, look: Callable[[], list[Check]]) -> list[Check]:
 
 
 def _runtimes(settings: Settings) -> list[Check]:
-    known = engine_runtimes()
+    known = sorted(Engine.shared().runtimes())
     gvisor = "runsc" in known
     found = [
         Check(

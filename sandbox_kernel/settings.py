@@ -111,7 +111,7 @@ class Settings(BaseSettings):
     engine: Literal["docker", "local"] = "docker"
     """``local`` runs the kernel on this machine WITHOUT isolation."""
     transport: Literal["auto", "ipc", "tcp"] = "auto"
-    """``auto``: ipc where host and engine share a Linux kernel; else tcp."""
+    """``auto``: ipc where the sockets of a container reach the host (same Linux, or gVisor so configured); else tcp."""
     network: Literal["none", "full"] | list[str] = "none"
     """``none``, ``full``, or the hosts that may be reached over HTTP and HTTPS, through a proxy that logs
     (``["pypi.org", "*.example.org:8443"]``; see :mod:`.hosts`)."""

@@ -68,6 +68,7 @@ def api_error(status: int, text: str) -> docker.errors.APIError:
         (404, "No such image: nope:latest", ImageNotFound, "sandbox-kernel image build"),
         (500, "fork/exec: cannot allocate memory", LimitExceeded, "sandbox-kernel gc"),
         (400, "Unknown runtime specified runsc", EngineError, "daemon.json"),
+        (400, "setting up network: cannot run with network enabled in root network namespace", EngineError, "=none"),
         (500, "something new", EngineError, "something new"),
     ],
 )

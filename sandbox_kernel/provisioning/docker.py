@@ -24,7 +24,6 @@ from sandbox_kernel.provisioning.egress_log import EgressLine
 from sandbox_kernel.provisioning.engine import MANAGED, Engine, SourceMissing, tar
 from sandbox_kernel.provisioning.memory import check_memory
 from sandbox_kernel.provisioning.network import (
-    SHARED_KERNELS,
     choose_transport,
     network_config,
     port_bindings,
@@ -73,7 +72,8 @@ class DockerProvisioner(SessionProvisioner):
             if self.parent is not None:
                 sweep_in_background(engine)
             try:
-                return await self._launch_over(engine, spec, choose_transport(spec.settings, engine))
+                transport = await finished(choose_transport, spec.settings, engine)
+                return await self._launch_over(engine, spec, transport)
             except SourceMissing as exc:
                 missing = [str(path) for path in spec.sources() if not path.exists()]
                 if missing:
@@ -245,9 +245,7 @@ class DockerProvisioner(SessionProvisioner):
         return self.connection_info
 
     def _seal(self, sealed: bool) -> None:
-        # Another runtime's kernel may see the folder as it was a moment ago.
-        if self._require_spec().settings.runtime in SHARED_KERNELS:
-            self._require_runtime().seal(sealed)
+        self._require_runtime().seal(sealed)
 
     def _require_watch(self) -> Watch:
         if self._watch is None:

@@ -33,6 +33,11 @@ _REMEDIES = (
         r"[Uu]nknown (or invalid )?runtime",
         "the engine does not know the setting runtime={runtime!r}; install it and name it in /etc/docker/daemon.json",
     ),
+    (
+        r"network enabled in root network namespace",
+        "the runtime {runtime!r} (gVisor before August 2024) takes no network on this Linux kernel; give it the "
+        "argument --network=none and leave the settings transport and network to their defaults, see SECURITY.md",
+    ),
     (r"[Rr]ange of CPUs", "the setting cpus={cpus} is more than the engine's machine has"),
     (r"[Mm]inimum memory limit", "the setting memory_limit is too small for the engine"),
     (r"invalid reference format", "the setting image={image!r} is not the name of an image"),
@@ -170,6 +175,8 @@ class Engine:
     def remove(self, container: str) -> None:
         """Kill and remove, with its anonymous volumes; one that is gone or on its way counts as done."""
         try:
+            if self.inspect(container)["State"]["Paused"]:
+                self.unpause(container)  # gVisor heeds no signal before, and Docker gives up on it after 10 s
             with translated(f"remove the container {container[:12]}"):
                 self._api.remove_container(container, v=True, force=True)
         except NotThere:
@@ -222,6 +229,12 @@ class Engine:
         with translated("list the containers"):
             answer: list[dict[str, Any]] = self._api.containers(all=True, filters={"label": wanted})
             return answer
+
+    def runtimes(self) -> dict[str, list[str]]:
+        """The OCI runtimes it knows (``runc``, ``runsc``, ...), each with the arguments that it gives them."""
+        with translated("ask the engine about itself"):
+            known: dict[str, dict[str, Any]] = self._api.info().get("Runtimes") or {}
+        return {name: list(about.get("runtimeArgs") or ()) for name, about in known.items()}
 
     def is_image(self, image: str) -> bool:
         """Whether the image is on the engine."""

@@ -30,8 +30,11 @@ OWN_POOL = ipaddress.IPv4Network("198.18.0.0/15")
 """The bridges of single kernels are cut from it. The engine's own pool has 31 networks in all; this block (RFC 2544,
 for tests of network devices) is routed nowhere and holds 16,384 of eight addresses."""
 
-SHARED_KERNELS = (None, "runc", "crun", "io.containerd.runc.v2")
+_SHARED_KERNELS = (None, "runc", "crun", "io.containerd.runc.v2")
 """OCI runtimes whose containers share the host's Linux kernel, and so its Unix sockets."""
+_SOCKETS = {"--host-uds=create", "--host-uds=all"}
+"""Arguments by which gVisor lets the Unix sockets of its containers appear on the host."""
+_NO_NETWORK = "--network=none"
 
 _OWN_PREFIX = 29
 _TRIES = 50
@@ -46,11 +49,22 @@ NO_NAMES = {"Dns": ["127.0.0.1"], "DnsOptions": ["timeout:1", "attempts:1"]}
 
 
 def choose_transport(settings: Settings, engine: Engine) -> str:
-    """``ipc`` or ``tcp``: as the settings say, else ``ipc`` where the container's sockets can be reached from here."""
-    if settings.transport != "auto":
-        return settings.transport
-    local = sys.platform == "linux" and engine.unix and not engine.desktop and engine.shares_files is not False
-    return "ipc" if local and settings.runtime in SHARED_KERNELS else "tcp"
+    """``ipc`` or ``tcp``: as the settings say, else ``ipc`` where the container's sockets can be reached from here.
+
+    Raises SettingsError where the settings' runtime rules it out. Asks the engine for another runtime's arguments.
+    """
+    shared = settings.runtime in _SHARED_KERNELS
+    arguments = [] if shared else engine.runtimes().get(str(settings.runtime), [])
+    transport: str = settings.transport
+    if transport == "auto":
+        local = sys.platform == "linux" and engine.unix and not engine.desktop and engine.shares_files is not False
+        transport = "ipc" if local and (shared or not _SOCKETS.isdisjoint(arguments)) else "tcp"
+    if _NO_NETWORK in arguments and (transport == "tcp" or settings.network != "none"):
+        wanted = f"network={settings.network!r}" if settings.network != "none" else f"transport={transport!r}"
+        raise SettingsError(
+            f"the engine gives its runtime {settings.runtime!r} no network ({_NO_NETWORK}), and {wanted} needs one"
+        )
+    return transport
 
 
 def network_config(settings: Settings, transport: str, engine: Engine) -> dict[str, Any]:

@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import docker
-
 from sandbox_kernel.errors import EngineError
 from sandbox_kernel.provisioning.container import seccomp_profile
-from sandbox_kernel.provisioning.engine import MANAGED, Engine, SourceMissing, translated
+from sandbox_kernel.provisioning.engine import MANAGED, Engine, SourceMissing
 from sandbox_kernel.provisioning.runtime import kernel_ids, runtime_base
 
 _MEMORY = 96 * 2**20
@@ -70,11 +68,6 @@ class Probe:
     uid: int
     ipc: bool
     """Whether a Unix socket made in the container can be connected to from here."""
-
-
-def engine_runtimes() -> list[str]:
-    """Names of the OCI runtimes the engine knows (``runc``, ``runsc``, ...). Raises EngineError."""
-    return sorted(_info().get("Runtimes") or {})
 
 
 def probe(image: str) -> Probe:
@@ -179,9 +172,3 @@ def _folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _info() -> dict[str, Any]:
-    with translated("ask the engine about itself"), closing(docker.from_env(timeout=10)) as client:
-        answer: dict[str, Any] = client.info()
-        return answer
