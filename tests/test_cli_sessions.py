@@ -70,6 +70,7 @@ def test_looking_makes_nothing(bare: Shell, there: bool) -> None:
     bare("view", "never", expect=1)
     bare("view", "never", "--artifact", "art_0123456789abcdef", expect=1)
     bare("artifacts", "get", "art_0123456789abcdef", expect=1)
+    assert "no session 'never'" in bare("artifacts", "list", "--session", "never", expect=1).stderr
     assert sorted(bare.folder.rglob("*")) == before
 
 

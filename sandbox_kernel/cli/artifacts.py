@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sandbox_kernel.cli.options import AsJson, SessionName, SessionsRoot, make_settings, print_json
-from sandbox_kernel.errors import ArtifactError, ArtifactNotFound
+from sandbox_kernel.errors import ArtifactError, ArtifactNotFound, SessionNotFound
 
 if TYPE_CHECKING:
     from sandbox_kernel.artifacts.store import ArtifactStore
@@ -33,6 +33,9 @@ def list_artifacts(session: SessionName = None, sessions_root: SessionsRoot = No
     if store is not None:
         with store:
             found = store.list(session)
+    root = make_settings({"sessions_root": sessions_root}).sessions_root
+    if session is not None and not found and not (root / session).is_dir():  # misspelt, most likely
+        raise SessionNotFound(f"no session {session!r} in {root}, and no artifact of it; see: sandbox-kernel list")
     if as_json:
         print_json([artifact.model_dump(mode="json") for artifact in found])
         return
