@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import datetime
+import decimal
+import fractions
 import json
 import time
 import traceback
@@ -115,6 +117,9 @@ def test_the_documents_own_examples(describer: Describer) -> None:
         (datetime.date(2024, 1, 2), "2024-01-02"),
         (datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC), "2024-01-02T00:00:00+00:00"),
         (Path("/a/b"), "/a/b"),
+        (decimal.Decimal("1.50"), "1.50"),
+        ([decimal.Decimal("1e1000")], "[1E+1000]"),
+        (fractions.Fraction(1, 3), "1/3"),
         (10**20_000, "<int of 66439 bits>"),
         ("\ud800", "'\\ud800'"),
         (len, "<built-in function len>"),
@@ -184,6 +189,8 @@ def recursive() -> list[Any]:
         b"z" * 100_000_000,
         10**100_000,
         [10**5_000] * 1000,
+        decimal.Decimal("1" * 1_000_000),
+        fractions.Fraction(10**100_000 + 1, 10**100_000),
         range(10**30),
         recursive(),
         (i for i in range(3)),

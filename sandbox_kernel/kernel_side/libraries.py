@@ -7,18 +7,20 @@ not believed. Subclasses and lazy frames are not looked into.
 import sys
 from typing import Any, Callable, Dict, Sequence
 
-from .describe import LIMIT, SMALL, Describer, Description, clean, is_kind, looks_secret
+from .describe import LIMIT, SMALL, Describer, Description, class_name, clean, is_kind, looks_secret
 
 ROWS, COLUMNS = 10, 20
 """Corner of a table that is shown."""
 
 
 class LibraryDescriber(Describer):
-    """A :class:`Describer` that also knows numpy, pandas, polars, pyarrow and torch."""
+    """A :class:`Describer` that also knows decimal, fractions, numpy, pandas, polars, pyarrow and torch."""
 
     def __init__(self, secrets: Sequence[str] = (), mask: bool = True) -> None:
         super().__init__(secrets, mask)
         self._waiting: Dict[str, Callable[[Dict[str, Any]], None]] = {
+            "decimal": self._register_decimal,
+            "fractions": self._register_fractions,
             "numpy": self._register_numpy,
             "pandas": self._register_pandas,
             "polars": self._register_polars,
@@ -36,6 +38,20 @@ class LibraryDescriber(Describer):
                 except Exception:
                     continue  # half imported; the next cell finds it whole
                 del self._waiting[root]
+
+    def _register_decimal(self, decimal: Dict[str, Any]) -> None:
+        number = decimal["Decimal"]
+
+        def describe(value: Any) -> Description:
+            return {"value": str(value) if number.__sizeof__(value) <= LIMIT else f"<{class_name(number)} object>"}
+
+        self.know(describe, [number], self.inline)
+
+    def _register_fractions(self, fractions: Dict[str, Any]) -> None:
+        def describe(value: Any) -> Description:
+            return {"value": f"{self.brief(value.numerator, SMALL)}/{self.brief(value.denominator, SMALL)}"}
+
+        self.know(describe, [fractions["Fraction"]], self.inline)
 
     def _register_numpy(self, numpy: Dict[str, Any]) -> None:
         ndarray = numpy["ndarray"]
