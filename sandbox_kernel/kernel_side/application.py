@@ -66,7 +66,7 @@ class MainThreadKernel(IPythonKernel):  # type: ignore[misc, unused-ignore]
 def in_one_thread(app: Any) -> None:
     """ipykernel 7 reads requests in a thread of its own, which hands each to the main thread and each reply back, so
     that subshells are served while a cell runs. Nobody here has any, and kernel_info says so: have the main thread read
-    the socket, as ipykernel does without subshells. ``pass``: 0.9.
+    the socket, as ipykernel does without subshells. ``pass``: 0.88.
     """
     found = {name for kind in IPythonKernel.__mro__ for name, member in vars(kind).items() if _names(member)}
     if not found:  # ipykernel 6 has no such thread

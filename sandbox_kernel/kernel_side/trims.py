@@ -2,9 +2,8 @@
 
 Each trim looks exactly for what it changes, and leaves stock behaviour with one line in the container's log where
 ipykernel or IPython have moved. Each says what it saves alone (``benchmarks/kernel_trims.py``: time to reply AND idle,
-ratio to stock ipykernel 7.4 over ipc, for ``pass`` or for 100 lines). All together: 0.53 for ``pass``, 0.41 for 100
-lines. Where no figure stands, what it saves alone is within the noise of one run; together these took ``pass`` with the
-hook from 0.66 to 0.59.
+ratio to stock ipykernel 7.4 over ipc, for ``pass`` or for 100 lines). All together: 0.43 for ``pass``, 0.31 for 100
+lines; with the hook 0.51 and 0.33. Where no figure stands, what it saves alone is 1 to 3 %, within the noise of a run.
 """
 
 import ast
