@@ -158,6 +158,22 @@ def test_a_failing_cell_aborts_those_that_wait_and_no_others(kernel: Launched, w
     assert statuses() == ["ok"]
 
 
+def test_an_interrupt_while_the_queue_is_aborted_leaves_the_kernel_as_it_was(kernel: Launched) -> None:
+    kernel.run(
+        "import os, signal, sys\n"
+        "stream = get_ipython().kernel.shell_stream\n"
+        "flush = stream.flush\n"
+        "def interrupted(*args):\n"
+        "    if sys._getframe(1).f_code.co_name == '_abort_queues':\n"
+        "        del stream.flush\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return flush(*args)\n"
+        "stream.flush = interrupted"
+    )
+    assert kernel.run("1 / 0")[0]["content"]["ename"] == "ZeroDivisionError"
+    assert kernel.printed("print('flush' in vars(stream))") == "False\n"
+
+
 def test_an_ipykernel_that_uses_its_shell_thread_elsewhere_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from ipykernel.kernelbase import Kernel
 

@@ -4,6 +4,7 @@ Imported before the fork, made in the child.
 """
 
 import asyncio
+import signal
 import threading
 import types
 from typing import Any, Callable, Optional, Set
@@ -54,13 +55,18 @@ class MainThreadKernel(IPythonKernel):  # type: ignore[misc, unused-ignore]
         The end of it takes the requests' own way, as with ipykernel's thread. Its way without one is shorter than that
         of those that were received while the failing cell awaited.
         """
-        self._aborting = True
-        self.shell_stream.flush(zmq.POLLIN)
 
         async def as_a_request() -> None:
             await asyncio.create_task(self.shell_main(None, [zmq.Frame(b"stop aborting")]))
 
-        self._abort_ends = asyncio.ensure_future(as_a_request())  # held: the loop itself would not
+        # An interrupt in here would lose the request being read, or leave all later ones aborted or unread.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self._aborting = True
+            self.shell_stream.flush(zmq.POLLIN)
+            self._abort_ends = asyncio.ensure_future(as_a_request())  # held: the loop itself would not
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
 
 def in_one_thread(app: Any) -> None:
