@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -222,6 +223,18 @@ class TestCells:
             assert len([e for e in events(shared) if e.get("code") == "'not aborted'"]) == 1
         finally:
             client.stop_channels()
+
+    async def test_a_cell_that_ends_when_no_descriptor_is_left_has_its_line(self, shared: Session) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with Path("/dev/null").open() as highest:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest.fileno(), limits[1]))
+            try:
+                result = await shared.execute("1 + 1")
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert result.result == "2"
+        assert events(shared, "code_execution")[-1]["msg_id"] == result.msg_id
+        assert "Too many open files" in events(shared, "artifact_refused")[-1]["reason"]
 
     async def test_leaving_a_stream_early_interrupts_the_cell(self, shared: Session) -> None:
         stream = shared.stream("import time\nprint('go', flush=True)\ntime.sleep(60)")

@@ -362,8 +362,12 @@ class Observer:
         self._on_created(artifacts)
 
     def _empty(self) -> bool:
-        with os.scandir(self._fd) as entries:
-            return next(entries, None) is None
+        """False too where that cannot be seen (no descriptor left, say): a sweep tells why."""
+        try:
+            with os.scandir(self._fd) as entries:
+                return next(entries, None) is None
+        except OSError:
+            return False
 
 
 async def _in_thread(work: Callable[[], _T]) -> _T:
