@@ -14,8 +14,8 @@ from sandbox_kernel.message import Message, read_message, write_message
 
 log = logging.getLogger(__name__)
 
-MESSAGES_PER_TURN, BYTES_PER_TURN = 500, 2 * 2**20
-"""What is read before other tasks of the event loop get a turn."""
+MESSAGES_PER_TURN, BYTES_PER_TURN, TURN_S = 500, 2 * 2**20, 0.005
+"""What is read before other tasks of the event loop get a turn: a message may end a cell, and have its line written."""
 MAX_WAITING = 4
 """Messages that zmq reads ahead of us: each may be large. The rest waits in the kernel, which drops none of it. (More
 for small ones gains nothing, and to change the number while connected makes zmq wait for ever.)"""
@@ -62,7 +62,8 @@ class Channel:
 
     def read(self) -> None:
         messages = size = 0
-        while messages < MESSAGES_PER_TURN and size < BYTES_PER_TURN:
+        until = self._loop.time() + TURN_S
+        while messages < MESSAGES_PER_TURN and size < BYTES_PER_TURN and self.heard < until:
             if not self._open:
                 return
             if self._hold():

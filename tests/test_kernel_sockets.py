@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import zmq
 
+from sandbox_kernel.channel import TURN_S
 from sandbox_kernel.kernel import Kernel
+from sandbox_kernel.message import write_message
 
 CHANNELS = {"shell": zmq.ROUTER, "control": zmq.ROUTER, "iopub": zmq.XPUB}
 
@@ -52,3 +55,23 @@ async def test_a_kernel_that_ends_while_it_is_let_go_of_stops_nobody_else(tmp_pa
             kernel.close()
             await ending
     assert len(os.listdir("/proc/self/fd")) < opened + 20
+
+
+async def test_messages_that_take_long_leave_others_their_turn(tmp_path: Path) -> None:
+    """A kernel that says that cells end, one after the other, has a line written for each."""
+    told: list[Any] = []
+    with closing(FarEnd(tmp_path, 0)) as far_end:
+        kernel = Kernel(far_end.info, client_session="s")
+        await far_end.reached(kernel)
+        identity = far_end.sockets["shell"].recv_multipart()[0]
+        kernel._answer = lambda message: (told.append(message), time.sleep(TURN_S))  # type: ignore[method-assign]
+        frames = write_message(kernel._wire, kernel.message("kernel_info_reply"))
+        for _ in range(20):
+            far_end.sockets["shell"].send_multipart([identity, *frames])
+        turns = 0
+        async with asyncio.timeout(10):
+            while len(told) < 20:
+                await asyncio.sleep(0)
+                turns += bool(told)
+        kernel.close()
+    assert turns >= 8
