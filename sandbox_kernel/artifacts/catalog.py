@@ -23,7 +23,6 @@ CREATE TABLE IF NOT EXISTS artifacts (
     source TEXT,              -- identity of the file it was taken from: not taken twice
     logged INTEGER NOT NULL,  -- 0: the artifacts_created line may be missing
     UNIQUE (session_id, path, version));
-CREATE INDEX IF NOT EXISTS artifacts_sha256 ON artifacts (sha256);
 CREATE INDEX IF NOT EXISTS artifacts_unlogged ON artifacts (session_id) WHERE logged = 0;
 CREATE TABLE IF NOT EXISTS pictures (sha256 TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS usage (session_id TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL) WITHOUT ROWID;
@@ -50,7 +49,7 @@ class Catalog:
         self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA cache_size = -512")
+            self._db.execute("PRAGMA cache_size = -2048")
             self._db.executescript(_SCHEMA)
             # A truncated file may have a sound first page: look at each table's root.
             self._db.execute("SELECT max(seq), max(id) FROM artifacts").fetchone()
