@@ -15,6 +15,7 @@ from benchmarks.cells import session
 from benchmarks.measure import Bench, Measurement, in_turns, timed
 from benchmarks.raw import RawKernel
 from sandbox_kernel.artifacts.store import ArtifactStore
+from sandbox_kernel.artifacts.sweep import batches
 from sandbox_kernel.untrusted import FOLDER, Found, scan_untrusted
 
 WRITE = """
@@ -95,10 +96,9 @@ def _ingest(folder: Path, count: int, size: int) -> float:
         descriptor = os.open(folder, FOLDER)
         try:
             began = time.perf_counter()
-            files = [item for item in scan_untrusted(descriptor) if isinstance(item, Found)]
-            made = 0
-            for at in range(0, len(files), 1000):
-                made += len(store.ingest("bench", descriptor, files[at : at + 1000], ended=True).created)
+            files = (item for item in scan_untrusted(descriptor) if isinstance(item, Found))
+            ingest = store.ingest("bench", descriptor, ended=True)
+            made = sum(len(result.created) for result in ingest.batches(batches(files)))
             took = time.perf_counter() - began
         finally:
             os.close(descriptor)

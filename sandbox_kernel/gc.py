@@ -23,7 +23,7 @@ from sandbox_kernel.provisioning.runtime import RuntimeDirectory, runtime_base
 from sandbox_kernel.provisioning.survey import lock_path, survivors
 from sandbox_kernel.settings import SessionStorage, Settings
 from sandbox_kernel.snapshot import read_metadata
-from sandbox_kernel.untrusted import remove_tree
+from sandbox_kernel.tree import remove_tree
 
 if TYPE_CHECKING:
     from sandbox_kernel.manager import SessionManager

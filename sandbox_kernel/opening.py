@@ -29,7 +29,7 @@ from sandbox_kernel.record import NoRecorder, Recorder
 from sandbox_kernel.recovery import log_unlogged, may_run
 from sandbox_kernel.session import Session
 from sandbox_kernel.settings import SessionStorage, Settings
-from sandbox_kernel.untrusted import remove_tree
+from sandbox_kernel.tree import remove_tree
 from sandbox_kernel.workspace import BindWorkspace, read_cells
 
 log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from sandbox_kernel.provisioning.orphans import OWNER
 from sandbox_kernel.provisioning.process import process_identity
 from sandbox_kernel.provisioning.runtime import kernel_ids
 from sandbox_kernel.settings import DatasetAccess, SessionStorage, Settings
-from sandbox_kernel.untrusted import remove_tree
+from sandbox_kernel.tree import remove_tree
 
 log = logging.getLogger(__name__)
 

@@ -6,15 +6,11 @@ never through a link, regular files only, bounded, and looked at again after it 
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import itertools
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from sandbox_kernel.errors import ArtifactRefused, UntrustedPath
 
@@ -28,6 +24,7 @@ MAX_ENTRIES = 200_000
 """Entries that one scan looks at: half a second. Whoever leaves more there waits for it at each of its cells."""
 MAX_REFUSALS = 10_000
 """Refusals that one scan tells of one by one; a kernel can make links as quickly as files."""
+UNSEEN = "the rest was not looked at"
 _SHOWN = 1_000
 
 
@@ -57,8 +54,17 @@ class Refusal:
 
 
 def file_identity(status: os.stat_result) -> tuple[int, ...]:
-    """Device, inode, size, mtime, ctime (ns): another value, another content. No kernel can forge its ctime."""
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    """Device, inode, size, mtime, ctime (ns): another value, another content. No kernel can forge its ctime.
+
+    That of a file which is root's alone is left out: no kernel can touch it, and each name it gets or loses renews it.
+    """
+    ctime = 0 if status.st_uid == 0 and _taken(status) else status.st_ctime_ns
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, ctime)
+
+
+def _taken(status: os.stat_result) -> bool:
+    """Whether the host, run by root, has taken this file from its kernel."""
+    return status.st_uid == 0 == os.geteuid() and status.st_mode & 0o7777 == 0o400
 
 
 def printable(path: bytes | str) -> str:
@@ -71,94 +77,129 @@ def adopted(status: os.stat_result) -> bool:
 
     A kernel cannot make such a file: it is not root.
     """
-    return status.st_nlink == 2 and status.st_uid == 0 == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o400
+    return status.st_nlink == 2 and _taken(status)
 
 
-@contextlib.contextmanager
-def parent_of(dir_fd: int, path: bytes | str) -> Iterator[tuple[int, bytes]]:
-    """A descriptor of the folder that holds ``path`` below ``dir_fd``, and the base name.
+class Below:
+    """What lies below the hostile folder ``dir_fd``; a context manager, of one thread.
 
-    Raises UntrustedPath for a link on the way or a path that leads out; FileNotFoundError.
+    The folder that was needed last stays open, for what lies together comes together. Whatever it is called by now, no
+    link led to it, and from what is mounted into its container no kernel can move it away.
     """
-    parts = os.fsencode(path).split(b"/")
-    if len(parts) > MAX_DEPTH + 1 or any(part in (b"", b".", b"..") or b"\0" in part for part in parts):
-        raise UntrustedPath(f"{printable(path)!r} is not a plain relative path")
-    fd = dir_fd
-    try:
-        for part in parts[:-1]:
+
+    def __init__(self, dir_fd: int) -> None:
+        self._root = self._fd = dir_fd
+        self._folder = ""
+
+    def __enter__(self) -> Below:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._fd != self._root:
+            os.close(self._fd)
+        self._fd, self._folder = self._root, ""
+
+    def parent(self, path: str) -> tuple[int, str]:
+        """A descriptor of the folder that holds ``path``, and the base name.
+
+        Raises UntrustedPath for a link on the way or a path that leads out; FileNotFoundError.
+        """
+        folder, slash, name = path.rpartition("/")
+        if name in _NOT_PLAIN or "\0" in path or (slash and not folder):
+            raise _not_plain(path)
+        if folder != self._folder:
+            self.close()
+            if folder:
+                self._open(folder.split("/"), path)
+                self._folder = folder
+        return self._fd, name
+
+    def _open(self, parts: list[str], path: str) -> None:
+        if len(parts) > MAX_DEPTH or not _NOT_PLAIN.isdisjoint(parts):
+            raise _not_plain(path)
+        for part in parts:
             try:
-                below = os.open(part, FOLDER, dir_fd=fd)
+                below = os.open(part, FOLDER, dir_fd=self._fd)
             except OSError as exc:
+                self.close()
                 if exc.errno in (errno.ELOOP, errno.ENOTDIR):
                     raise UntrustedPath(f"{printable(path)!r}: {printable(part)!r} is a link or no folder") from None
                 raise
-            if fd != dir_fd:
-                os.close(fd)
-            fd = below
-        yield fd, parts[-1]
-    finally:
-        if fd != dir_fd:
+            if self._fd != self._root:
+                os.close(self._fd)
+            self._fd = below
+
+    def open(self, path: str, *, finish_adopted: bool = False) -> tuple[int, os.stat_result]:
+        """A read-only descriptor of the regular file ``path``, whatever the kernel does meanwhile, and its ``fstat``.
+
+        ``finish_adopted`` also lets a file pass whose second name is our own (:func:`adopted`). Raises UntrustedPath
+        (link, special file, hard link, way out), ArtifactRefused (replaced while it was opened, or leased),
+        FileNotFoundError. Never blocks.
+        """
+        parent, name = self.parent(path)
+        # Looked at first: opening a device may already do something.
+        before = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        reason = refusal_of(before)
+        if reason is not None and not (finish_adopted and adopted(before)):
+            raise UntrustedPath(f"{printable(path)!r} is {reason}")
+        try:
+            fd = os.open(name, _FILE, dir_fd=parent)
+        except OSError as exc:
+            if exc.errno in (errno.ELOOP, errno.ENXIO):
+                raise UntrustedPath(f"{printable(path)!r} was replaced while it was opened") from None
+            if exc.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EPERM):
+                raise ArtifactRefused(f"{printable(path)!r} cannot be opened: {os.strerror(exc.errno)}") from None
+            raise
+        try:
+            after = os.fstat(fd)
+            if (after.st_dev, after.st_ino) != (before.st_dev, before.st_ino):
+                raise ArtifactRefused(f"{printable(path)!r} was replaced while it was opened")
+            reason = refusal_of(after)
+            if reason is not None and not (finish_adopted and adopted(after)):
+                raise UntrustedPath(f"{printable(path)!r} is {reason}")
+        except BaseException:
             os.close(fd)
+            raise
+        return fd, after
 
-
-def open_untrusted(
-    dir_fd: int, path: bytes | str, *, max_bytes: int | None = None, finish_adopted: bool = False
-) -> int:
-    """A read-only descriptor of the regular file ``path`` below ``dir_fd``, whatever the kernel does meanwhile.
-
-    ``finish_adopted`` also lets a file pass whose second name is our own (:func:`adopted`).
-    Raises UntrustedPath (link, special file, hard link, way out), ArtifactRefused (more than ``max_bytes``, or replaced
-    while it was opened, or leased), FileNotFoundError. Never blocks.
-    """
-    with parent_of(dir_fd, path) as (parent, name):
-        return _open_checked(parent, name, printable(path), max_bytes, finish_adopted)
-
-
-def _open_checked(parent: int, name: bytes, shown: str, max_bytes: int | None, finish_adopted: bool) -> int:
-    # Looked at first: opening a device may already do something.
-    before = os.stat(name, dir_fd=parent, follow_symlinks=False)
-    reason = refusal_of(before)
-    if reason is not None and not (finish_adopted and adopted(before)):
-        raise UntrustedPath(f"{shown!r} is {reason}")
-    try:
-        fd = os.open(name, _FILE, dir_fd=parent)
-    except OSError as exc:
-        if exc.errno in (errno.ELOOP, errno.ENXIO):
-            raise UntrustedPath(f"{shown!r} was replaced while it was opened") from None
-        if exc.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EPERM):
-            raise ArtifactRefused(f"{shown!r} cannot be opened: {os.strerror(exc.errno)}") from None
-        raise
-    try:
-        after = os.fstat(fd)
-        if (after.st_dev, after.st_ino) != (before.st_dev, before.st_ino):
-            raise ArtifactRefused(f"{shown!r} was replaced while it was opened")
-        reason = refusal_of(after)
-        if reason is not None and not (finish_adopted and adopted(after)):
-            raise UntrustedPath(f"{shown!r} is {reason}")
-        if max_bytes is not None and after.st_size > max_bytes:
-            raise ArtifactRefused(f"{shown!r} has {after.st_size} bytes; at most {max_bytes} are taken")
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def stat_untrusted(dir_fd: int, path: bytes | str) -> os.stat_result:
-    """``lstat`` of ``path`` below ``dir_fd``. Raises UntrustedPath (a link on the way), OSError."""
-    with parent_of(dir_fd, path) as (parent, name):
+    def stat(self, path: str) -> os.stat_result:
+        """``lstat`` of ``path``. Raises UntrustedPath (a link on the way), OSError."""
+        parent, name = self.parent(path)
         return os.stat(name, dir_fd=parent, follow_symlinks=False)
 
-
-def remove_untrusted(dir_fd: int, path: str, identity: tuple[int, ...]) -> bool:
-    """Unlink ``path`` below ``dir_fd`` if it is still the file of that :func:`file_identity`; whether it was."""
-    try:
-        with parent_of(dir_fd, path) as (parent, name):
+    def remove(self, path: str, identity: tuple[int, ...]) -> bool:
+        """Unlink ``path`` if it is still the file of that :func:`file_identity`; whether it was."""
+        try:
+            parent, name = self.parent(path)
             if file_identity(os.stat(name, dir_fd=parent, follow_symlinks=False)) != identity:
                 return False
             os.unlink(name, dir_fd=parent)
-    except (FileNotFoundError, UntrustedPath):
-        return False
-    return True
+        except (FileNotFoundError, UntrustedPath):
+            return False
+        return True
+
+
+_NOT_PLAIN = frozenset(("", ".", ".."))
+
+
+def _not_plain(path: str) -> UntrustedPath:
+    return UntrustedPath(f"{printable(path)!r} is not a plain relative path")
+
+
+def open_untrusted(dir_fd: int, path: bytes | str, *, max_bytes: int | None = None) -> int:
+    """A read-only descriptor of the regular file ``path`` below ``dir_fd``.
+
+    Raises as :meth:`Below.open`, and ArtifactRefused for more than ``max_bytes``. Never blocks.
+    """
+    with Below(dir_fd) as below:
+        fd, status = below.open(os.fsdecode(path))
+    if max_bytes is not None and status.st_size > max_bytes:
+        os.close(fd)
+        raise ArtifactRefused(f"{printable(path)!r} has {status.st_size} bytes; at most {max_bytes} are taken")
+    return fd
 
 
 def read_untrusted(dir_fd: int, path: bytes | str, *, max_bytes: int) -> bytes:
@@ -216,7 +257,7 @@ def scan_untrusted(
     if count.refusals > MAX_REFUSALS:
         yield Refusal(".", f"{count.refusals - MAX_REFUSALS} more that are not taken")
     if count.left < 0:
-        yield Refusal(".", f"more than {max_entries} entries; the rest was not looked at")
+        yield Refusal(".", f"more than {max_entries} entries; {UNSEEN}")
 
 
 def _scan(fd: int, prefix: str, count: _Count, depth: int, on_folder: OnFolder | None) -> Iterator[Found | Refusal]:
@@ -230,19 +271,18 @@ def _scan(fd: int, prefix: str, count: _Count, depth: int, on_folder: OnFolder |
                 status = entry.stat(follow_symlinks=False)
             except OSError:
                 continue
-            identity = file_identity(status)
             if not is_text(entry.name):
-                yield Refusal(printable(path), "a name that is not valid UTF-8", status.st_size, identity)
+                yield _refusal(path, "a name that is not valid UTF-8", status)
             elif stat.S_ISDIR(status.st_mode):
                 if depth <= 0:
-                    yield Refusal(printable(path), f"a folder more than {MAX_DEPTH} levels deep", 0, identity)
+                    yield _refusal(path, f"a folder more than {MAX_DEPTH} levels deep", status)
                     continue
                 try:
                     below = os.open(entry.name, FOLDER, dir_fd=fd)
                 except OSError as exc:
                     if exc.errno in (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE):
                         why = f"a folder that cannot be opened: {os.strerror(exc.errno)}"
-                        yield Refusal(printable(path), why, 0, identity)
+                        yield _refusal(path, why, status)
                     continue  # swapped for a link or gone since: the next scan sees what it is now
                 try:
                     if on_folder is not None:
@@ -255,57 +295,18 @@ def _scan(fd: int, prefix: str, count: _Count, depth: int, on_folder: OnFolder |
                 if reason is None or adopted(status):
                     yield Found(path, status)
                 else:
-                    yield Refusal(printable(path), reason, status.st_size, identity)
+                    yield _refusal(path, reason, status)
 
 
-def remove_tree(path: Path) -> None:
-    """Remove a folder that a kernel could write, with all below it, however deep. What cannot be removed stays.
-
-    Folders are moved to the top before they are emptied, so that it takes neither recursion nor a descriptor per level;
-    no link is followed.
-    """
-    try:
-        top = os.open(path, FOLDER)
-    except OSError:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        return
-    try:
-        names = (f".removed-{secrets.token_hex(16)}".encode() for _ in itertools.repeat(None))
-        folders = _emptied(top, top, names)
-        while folders:
-            name = folders.pop()
-            with contextlib.suppress(OSError):
-                folder = os.open(name, FOLDER, dir_fd=top)
-                try:
-                    folders += _emptied(folder, top, names)
-                finally:
-                    os.close(folder)
-                os.rmdir(name, dir_fd=top)
-    finally:
-        os.close(top)
-    with contextlib.suppress(OSError):
-        path.rmdir()
-
-
-def _emptied(folder: int, top: int, names: Iterator[bytes]) -> list[bytes]:
-    """Unlink what is in ``folder``; its folders get new names in ``top``, which are returned."""
-    moved = []
-    with os.scandir(folder) as entries:
-        found = [(os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in entries]
-    for name, is_folder in found:
-        with contextlib.suppress(OSError):
-            if is_folder:
-                new = next(names)
-                os.rename(name, new, src_dir_fd=folder, dst_dir_fd=top)
-                moved.append(new)
-            else:
-                os.unlink(name, dir_fd=folder)
-    return moved
+def _refusal(path: str, reason: str, status: os.stat_result) -> Refusal:
+    size = 0 if stat.S_ISDIR(status.st_mode) else status.st_size
+    return Refusal(printable(path), reason, size, file_identity(status))
 
 
 def is_text(name: bytes | str) -> bool:
     """Whether ``name`` is valid UTF-8."""
+    if name.isascii():
+        return True
     try:
         os.fsencode(name).decode("utf-8")
     except UnicodeDecodeError:

@@ -30,12 +30,12 @@ from sandbox_kernel.directory import (
     scan_untrusted,
 )
 from sandbox_kernel.errors import ArtifactError, ArtifactRefused, InvalidSessionId, SessionHeld, UntrustedPath
+from sandbox_kernel.tree import remove_tree
 from sandbox_kernel.untrusted import (
     FOLDER,
+    Below,
     file_identity,
     is_text,
-    remove_tree,
-    remove_untrusted,
 )
 
 SECRET = b"of the host"
@@ -256,7 +256,7 @@ def test_a_linked_folder_on_the_way_is_refused(jail: tuple[Path, int]) -> None:
     with pytest.raises(UntrustedPath, match="link or no folder"):
         open_untrusted(fd, "up/secret")
     assert [type(item) for item in scan_untrusted(fd)] == [Refusal]
-    assert not remove_untrusted(fd, "up/secret", file_identity(os.stat(folder.parent / "secret")))
+    assert not Below(fd).remove("up/secret", file_identity(os.stat(folder.parent / "secret")))
     assert (folder.parent / "secret").exists()
 
 

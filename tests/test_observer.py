@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,52 @@ async def test_a_sweep_ends_in_time_and_the_rest_is_taken_afterwards(
     await bench.until(lambda: not bench.files())
     await bench.until(lambda: len(bench.created) == 100)
     assert {artifact.msg_id for artifact in bench.created} == {"m1"}
+
+
+async def test_the_next_cell_does_not_wait_for_what_the_last_one_left(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sandbox_kernel.artifacts.observer.SWEEP_S", 0.0)
+    monkeypatch.setattr("sandbox_kernel.artifacts.sweep._BATCH_FILES", 10)
+    bench.observer.cell_started("m1", 1)
+    for number in range(300):
+        last = bench.write(str(number), str(number))
+    await bench.until(lambda: time.time() > last.stat().st_ctime + 0.3)
+    made = {1: await bench.observer.cell_finished("m1")}
+    for number in (2, 3):
+        bench.observer.cell_started(f"m{number}", number)
+        await asyncio.sleep(0)
+        bench.write(f"of-{number}", "")
+        made[number] = await bench.observer.cell_finished(f"m{number}")
+    assert {n: len(artifacts) for n, artifacts in made.items()} == {1: 10, 2: 1, 3: 1}
+    assert [artifact.path for n in (2, 3) for artifact in made[n]] == ["of-2", "of-3"]
+    assert bench.files(), "the rest is still being taken"
+    await bench.until(lambda: not bench.files() and len(bench.created) == 302)
+    owners = {artifact.path: artifact.execution_count for artifact in bench.created}
+    assert owners == {str(number): 1 for number in range(300)} | {"of-2": 2, "of-3": 3}
+
+
+@pytest.mark.parametrize("gone", [False, True])
+async def test_more_files_than_one_scan_looks_at_are_taken_by_several(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    monkeypatch.setattr("sandbox_kernel.artifacts.observer.scan_untrusted", partial(scan_untrusted, max_entries=30))
+    bench.observer.cell_started("m1", 1)
+    for number in range(100):
+        bench.write(str(number), str(number))
+    if gone:
+        await bench.observer.drain()
+        assert not bench.files()
+    else:
+        assert len(await bench.observer.cell_finished("m1")) == 30
+        await bench.until(lambda: not bench.files())
+    await bench.until(lambda: len(bench.created) == 100)
+    assert not bench.refused
+    for number in range(100):
+        os.symlink("x", bench.folder / str(number))
+    bench.observer.cell_started("m2", 2)
+    await bench.observer.cell_finished("m2")
+    assert [r.path for r in bench.refused if "not looked at" in r.reason] == ["."], "what cannot be taken ends it"
 
 
 async def test_a_cells_files_are_ingested_and_gone_when_it_has_finished(bench: Bench) -> None:

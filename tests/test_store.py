@@ -22,11 +22,12 @@ from pathlib import Path
 import pytest
 
 from sandbox_kernel.artifacts.blobs import BlobFolder
+from sandbox_kernel.artifacts.ingest import Origin, _source, draft
 from sandbox_kernel.artifacts.intake import Taken, open_for_writing, take, type_of
-from sandbox_kernel.artifacts.store import ArtifactStore, Ingested, _draft, _source
+from sandbox_kernel.artifacts.store import ArtifactStore, Ingested
 from sandbox_kernel.errors import ArtifactError, ArtifactNotFound, ArtifactRefused
 from sandbox_kernel.events import BLOB_MIME
-from sandbox_kernel.untrusted import FOLDER, Found, scan_untrusted
+from sandbox_kernel.untrusted import FOLDER, Below, Found, scan_untrusted
 
 ROOT = os.geteuid() == 0
 KERNEL = 1000 if ROOT else os.geteuid()
@@ -55,8 +56,15 @@ class Bench:
         return target
 
     def ingest(self, *, ended: bool = True, force: bool = False) -> Ingested:
+        """In batches of 50, as far as there are more."""
         found = [item for item in scan_untrusted(self.fd) if isinstance(item, Found)]
-        return self.store.ingest("s", self.fd, found, ended=ended, force=force, execution_count=3, msg_id="m")
+        ingest = self.store.ingest("s", self.fd, ended=ended, force=force, execution_count=3, msg_id="m")
+        made = Ingested()
+        for result in ingest.batches(found[at : at + 50] for at in range(0, len(found), 50)):
+            made.created += result.created
+            made.refused += result.refused
+            made.waiting += result.waiting
+        return made
 
 
 @pytest.fixture
@@ -208,6 +216,8 @@ def test_a_file_that_grows_while_it_is_read_is_not_taken_yet(bench: Bench) -> No
 
     thread = threading.Thread(target=grow)
     thread.start()
+    while path.stat().st_size == 2**20:
+        time.sleep(0)  # until it writes
     try:
         for _ in range(5):
             assert bench.ingest(ended=False).created == []
@@ -219,6 +229,36 @@ def test_a_file_that_grows_while_it_is_read_is_not_taken_yet(bench: Bench) -> No
     (made,) = bench.ingest().created
     assert hashlib.sha256(bench.store.read(made.id)).hexdigest() == made.sha256
     assert set(bench.store.read(made.id)) == set(b"xy")
+
+
+def test_a_disk_that_is_full_between_batches_loses_nothing(tmp_path: Path) -> None:
+    if not ROOT:
+        pytest.skip("mounting needs root")
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", small], check=True)
+    try:
+        bench = Bench(small)
+        for number in range(300):
+            bench.write(f"{number}", b"%d" % number * 1000)
+        filler = small / "filler"
+        with filler.open("wb") as file:
+            free = os.statvfs(small).f_bavail * os.statvfs(small).f_bsize
+            os.posix_fallocate(file.fileno(), 0, free - 150_000)  # enough for some of the rows
+        result = bench.ingest()
+        assert result.created
+        assert result.refused
+        assert len(result.created) + len(result.refused) == 300
+        assert len(os.listdir(bench.folder)) == len(result.refused)
+        filler.unlink()
+        assert len(bench.ingest().created) == len(result.refused)
+        assert os.listdir(bench.folder) == []
+        assert len(bench.store.list("s")) == 300
+        assert bench.store.check() == []
+        bench.store.close()
+        os.close(bench.fd)
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
 
 
 def test_a_full_disk_refuses_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -235,7 +275,7 @@ def test_a_full_disk_refuses_and_nothing_is_lost(tmp_path: Path) -> None:
             (folder / "big").write_bytes(os.urandom(3 * 2**20))
             (folder / "small").write_bytes(b"x")
             found = [item for item in scan_untrusted(fd) if isinstance(item, Found)]
-            result = store.ingest("s", fd, found, ended=True)
+            result = store.ingest("s", fd, ended=True).batch(found)
             assert [r.path for r in result.refused] == ["big"]
             assert os.strerror(errno.ENOSPC).lower() in result.refused[0].reason
             assert [a.path for a in result.created] == ["small"]
@@ -244,10 +284,47 @@ def test_a_full_disk_refuses_and_nothing_is_lost(tmp_path: Path) -> None:
                 put_blob(store, os.urandom(3 * 2**20))
             subprocess.run(["mount", "-o", "remount,size=20m", small], check=True)
             left = [item for item in found if item.path == "big"]
-            assert [a.path for a in store.ingest("s", fd, left, ended=True).created] == ["big"]
+            assert [a.path for a in store.ingest("s", fd, ended=True).batch(left).created] == ["big"]
         os.close(fd)
     finally:
         subprocess.run(["umount", "-l", small], check=True)
+
+
+def test_batch_after_batch(bench: Bench) -> None:
+    """Equal files in one batch and in several, known ones, and empty ones among distinct ones."""
+    bench.write("known", b"0")
+    bench.ingest()
+    for number in range(230):
+        bench.write(f"{number}", b"%d" % (number % 120) if number % 7 else b"")
+    bench.write("recorded", b"early")
+    bench.ingest(ended=False)
+    result = bench.ingest()
+    assert (result.created, result.refused, result.waiting) == ([], [], [])
+    assert os.listdir(bench.folder) == os.listdir(bench.store.blobs.tmp_fd)[1:] == []
+    assert len(bench.store.list("s")) == 232
+    for number in range(230):
+        bench.write(f"again-{number}", b"%d" % (number % 170) if number % 7 else b"")
+    made = bench.ingest().created
+    assert len({artifact.path for artifact in made}) == len(made) == 230
+    for artifact in made:
+        number = int(artifact.path.removeprefix("again-"))
+        assert bench.store.read(artifact.id) == (b"%d" % (number % 170) if number % 7 else b"")
+    assert os.listdir(bench.folder) == []
+    assert bench.store.check() == []
+
+
+def test_batches_that_are_not_waited_for_leave_their_files_as_they_were(bench: Bench) -> None:
+    for number in range(200):
+        bench.write(f"{number}", b"%d" % number)
+    found = [item for item in scan_untrusted(bench.fd) if isinstance(item, Found)]
+    results = bench.store.ingest("s", bench.fd, ended=True).batches(found[at : at + 50] for at in range(0, 200, 50))
+    while not next(results).created:
+        pass
+    results.close()
+    assert os.listdir(bench.store.blobs.tmp_fd) == [".lock"]
+    assert len(bench.ingest().created) == 150
+    assert os.listdir(bench.folder) == []
+    assert len(bench.store.list("s")) == 200
 
 
 # --- dying ------------------------------------------------------------------------------------
@@ -318,13 +395,12 @@ def test_each_step_of_an_adoption_can_be_the_last(tmp_path: Path, step: str) -> 
             os.chown(path, 0, 0)
             os.chmod(path, 0o400)
     else:
-        taken = take(blobs, bench.fd, found, ended=True)
+        taken = take(blobs, Below(bench.fd), found, ended=True)
         assert isinstance(taken, Taken)
         assert taken.temporary is not None
         blobs.place([(taken.temporary, taken.sha256)])
         if step == "committed":
-            taken.settle(bench.fd)
-            bench.store.catalog.add([(_draft(taken, "s", "file", 3, "m"), _source(taken.identity))])
+            bench.store.catalog.add([(draft(taken, Origin("s", 3, "m"), "file"), _source(taken.identity))])
     os.close(blobs._lock_fd)  # dead
     os.close(blobs.tmp_fd)
     bench.store.close()
@@ -429,10 +505,10 @@ from sandbox_kernel.artifacts.store import ArtifactStore
 store = ArtifactStore.open(sys.argv[1])
 name, _ = store.blobs.create()
 if os.fork() == 0:
+    print("forked", flush=True)  # the child says it: what it does at its birth is done
     os.close(1)
     sys.stdin.read()
     os._exit(0)
-print("forked", flush=True)
 time.sleep(60)
 """
 

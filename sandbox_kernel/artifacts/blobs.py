@@ -17,15 +17,19 @@ import re
 import secrets
 import stat
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sandbox_kernel.untrusted import FOLDER
 
 _SYNC_EACH = 8
-"""Up to so many new blobs are synced one by one; above, the whole file system at once."""
+"""Up to so many new blobs are synced one by one; above, the whole file system at once, unless four times as many files
+have bytes that are blobs already: those would be written too, and freeing what was written is slow."""
 _LINK = re.compile(r"link-(\d+)-(\d+)-([0-7]+)-\d+")
 _libc = ctypes.CDLL(None, use_errno=True)
+
+Named = tuple[str | None, str]
+"""A file's name in ``tmp/`` and the SHA-256 of its bytes; None: it has its name as a blob already."""
 
 
 class BlobFolder:
@@ -140,36 +144,60 @@ class BlobFolder:
         """Take a file out of ``tmp/`` again."""
         _drop(name, self.tmp_fd)
 
-    def place(self, temporary: Iterable[tuple[str, str]]) -> None:
-        """Sync the files ``(name in tmp/, sha256)`` and give them their names. Raises OSError."""
-        files = list(temporary)
-        if not files:
-            return
-        self._sync([(name, self.tmp_fd) for name, _ in files])
-        for name, sha256 in files:
-            if self.exists(sha256):
-                # Not `drop`: an adopted file stays root's until its record is committed and its name is removed.
-                os.unlink(name, dir_fd=self.tmp_fd)
-                continue
-            if sha256[:2] not in self._prefixes:
-                (self.blobs / sha256[:2]).mkdir(mode=0o700, exist_ok=True)
-                self._sync([(self._prefix, None)])  # the folder's own name is on the disk before a blob's
-                self._prefixes.add(sha256[:2])
-            os.rename(name, self._name(sha256), src_dir_fd=self.tmp_fd)
-        self._sync([(str(self.blobs / prefix), None) for prefix in {sha256[:2] for _, sha256 in files}])
+    def place(self, files: Sequence[Named]) -> None:
+        """Sync ``files`` and give them their names, which are synced too. Raises OSError."""
+        fresh = self.fresh(files)
+        self.sync(fresh, (), len(files) - len(fresh))
+        self.name(files, fresh)
+        self.sync((), files, len(files) - len(fresh))
 
-    def _sync(self, files: list[tuple[str, int | None]]) -> None:
-        if len(files) > _SYNC_EACH:
+    def fresh(self, files: Iterable[Named]) -> set[str]:
+        """The names in ``tmp/`` of those whose bytes are no blob yet; of equal ones the first."""
+        names: dict[str, str] = {}
+        for name, sha256 in files:
+            if name is not None and sha256 not in names and not self.exists(sha256):
+                names[sha256] = name
+        return set(names.values())
+
+    def name(self, files: Sequence[Named], synced: Container[str]) -> None:
+        """Give ``files`` their names as blobs, where their bytes have none; ``synced``: see :meth:`fresh`.
+
+        Raises OSError.
+        """
+        prefixes = {sha256[:2] for _, sha256 in files} - self._prefixes
+        for prefix in prefixes:
+            (self.blobs / prefix).mkdir(mode=0o700, exist_ok=True)
+        if prefixes:
+            _fsync(self._prefix)  # the folder's own name is on the disk before a blob's
+            self._prefixes |= prefixes
+        for name, sha256 in files:
+            if name is None:
+                continue
+            if name not in synced:
+                if self.exists(sha256):
+                    # Not `drop`: an adopted file stays root's until its record is committed and its name is removed.
+                    os.unlink(name, dir_fd=self.tmp_fd)
+                    continue
+                _fsync(name, self.tmp_fd)  # its blob was there when `fresh` looked
+            # Should another process have placed the same bytes meanwhile: one takes the other's place.
+            os.rename(name, self._name(sha256), src_dir_fd=self.tmp_fd)
+
+    def sync(self, names: Collection[str], named: Iterable[Named], spare: int) -> None:
+        """Have on the disk the bytes of ``names`` in ``tmp/``, and the names that ``named`` have as blobs.
+
+        ``spare``: how many more files there are, with bytes that are blobs already. Raises OSError.
+        """
+        # Those that were spare too: another process may have placed their bytes, and not yet synced the name.
+        folders = {sha256[:2] for _, sha256 in named}
+        if len(names) + len(folders) > max(_SYNC_EACH, spare // 4):
             if _libc.syncfs(self.tmp_fd) != 0:
                 number = ctypes.get_errno()
                 raise OSError(number, os.strerror(number))
             return
-        for name, dir_fd in files:
-            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=dir_fd)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        for name in names:
+            _fsync(name, self.tmp_fd)
+        for folder in folders:
+            _fsync(f"{self._prefix}/{folder}")
 
     def put(self, blobs: Mapping[str, bytes]) -> None:
         """Have these bytes as blobs, by their SHA-256. Raises OSError."""
@@ -187,6 +215,14 @@ class BlobFolder:
                 with contextlib.suppress(FileNotFoundError):
                     self.drop(name)
             raise
+
+
+def _fsync(path: str, dir_fd: int | None = None) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=dir_fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 _held: weakref.WeakSet[BlobFolder] = weakref.WeakSet()

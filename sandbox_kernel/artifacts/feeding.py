@@ -1,14 +1,18 @@
-"""Storing what arrives on an event loop: the store blocks, the stream does not."""
+"""The store blocks, an event loop must not: storing what arrives there, and work in a thread."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import CancelledError, Future
+from typing import TypeVar
 
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.artifacts.stored import Kind
+from sandbox_kernel.errors import ArtifactError
 from sandbox_kernel.events import Artifact
+
+_T = TypeVar("_T")
 
 Cell = tuple[str | None, int | None]
 """msg_id and execution_count of the cell that something is recorded under."""
@@ -71,3 +75,15 @@ class _Pieces(Iterator[bytes]):
         self._stopped = True
         if self._next is not None:
             self._next.cancel()
+
+
+async def in_thread(work: Callable[[], _T]) -> _T:
+    """``work()`` in a thread. A cancelled caller waits for it all the same: it uses our descriptors."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
+    except OSError as exc:
+        raise ArtifactError(f"artifacts cannot be read: {exc}") from exc

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from sandbox_kernel.artifacts.blobs import BlobFolder, store_reason
 from sandbox_kernel.errors import ArtifactRefused, UntrustedPath
-from sandbox_kernel.untrusted import Found, Refusal, adopted, file_identity, open_untrusted, stat_untrusted
+from sandbox_kernel.untrusted import Below, Found, Refusal, adopted, file_identity
 
 CHUNK = 2**20
 _ADOPT_FROM = CHUNK
@@ -65,18 +65,6 @@ class Taken:
     content_type: str
     identity: tuple[int, ...]
     temporary: str | None
-    adopted: bool = False
-
-    def settle(self, dir_fd: int) -> None:
-        """After its blob was placed: an adopted file's identity as it is now, for linking renewed its ctime."""
-        if not self.adopted:
-            return
-        with contextlib.suppress(OSError, UntrustedPath):
-            status = stat_untrusted(dir_fd, self.path)
-            identity = file_identity(status)
-            # Root's and the same inode: nobody else can have touched it.
-            if status.st_uid == 0 and identity[:4] == self.identity[:4]:
-                self.identity = identity
 
 
 def type_of(path: str, head: bytes) -> str:
@@ -114,7 +102,7 @@ def never() -> bool:
 
 def take(
     blobs: BlobFolder,
-    dir_fd: int,
+    below: Below,
     found: Found,
     *,
     ended: bool,
@@ -129,7 +117,7 @@ def take(
     """
     identity = file_identity(found.status)
     try:
-        fd = open_untrusted(dir_fd, found.path, finish_adopted=True)
+        fd, status = below.open(found.path, finish_adopted=True)
     except FileNotFoundError:
         return None
     except (UntrustedPath, ArtifactRefused) as exc:
@@ -137,7 +125,6 @@ def take(
     except OSError as exc:
         return Refusal(found.path, store_reason(exc), found.status.st_size, identity)
     try:
-        status = os.fstat(fd)
         if file_identity(status) != identity:
             return None  # changed since it was found, by somebody who runs on: it is seen again when it is closed
         if adopted(status):
@@ -186,7 +173,7 @@ def _adopt(blobs: BlobFolder, fd: int, path: str, status: os.stat_result) -> Tak
     finally:
         if not kept:
             blobs.drop(name)  # gives it back to its owner, too
-    return Taken(path, sha256, status.st_size, type_of(path, head), file_identity(now), name, True)
+    return Taken(path, sha256, status.st_size, type_of(path, head), file_identity(now), name)
 
 
 def _hash(fd: int, size: int) -> tuple[str, bytes]:

@@ -10,13 +10,15 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
+from sandbox_kernel.artifacts.dirty import QUIET_S, DirtyFiles
+from sandbox_kernel.artifacts.feeding import in_thread
+from sandbox_kernel.artifacts.ingest import Ingest
 from sandbox_kernel.artifacts.intake import never
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.artifacts.sweep import SWEEP_S, SweepBooks, Waiting, batches
+from sandbox_kernel.artifacts.turns import Turn, Turns
 from sandbox_kernel.artifacts.watch import FolderWatch
 from sandbox_kernel.directory import SessionDirectory
 from sandbox_kernel.errors import ArtifactError, UntrustedPath
@@ -24,6 +26,8 @@ from sandbox_kernel.events import Artifact
 from sandbox_kernel.untrusted import (
     FOLDER,
     MAX_REFUSALS,
+    UNSEEN,
+    Below,
     Found,
     Refusal,
     file_identity,
@@ -31,28 +35,9 @@ from sandbox_kernel.untrusted import (
     printable,
     refusal_of,
     scan_untrusted,
-    stat_untrusted,
 )
 
-QUIET_S = 0.5
-"""A file is taken while its cell runs when it was not closed again for so long; twice as long per further version."""
-QUIET_MANY_S = 2.0
-"""The same for a file that is one of very many: taking them at the cell's end costs less, if that comes soon."""
-NEXT_CELL_S = 0.25
-"""How late the host may learn that the next cell has started."""
-_MANY = 200
-_MAX_DIRTY = 10_000
-
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class _Cell:
-    msg_id: str | None = None
-    execution_count: int | None = None
-    started: float = 0.0
-    """Unix time at which the host heard of it."""
 
 
 class Observer:
@@ -76,18 +61,17 @@ class Observer:
         self.session_id = session_id
         self._on_created = on_created
         self._on_refused = on_refused
-        self._cell = _Cell()
-        self._running = False
-        self._cells: dict[str, _Cell] = {}
+        self._turns = Turns()
         self._books = SweepBooks()
-        self._dirty: dict[bytes, float] = {}
+        self._dirty = DirtyFiles(self._books)
         self._sweeps = 0
         """Sweeps that wait for the lock."""
-        self._left: _Cell | None = None
-        """Whose sweep took so long that it was broken off."""
-        self._looked = 0.0
         self._look = False
         """A whole scan is due: a new folder, or lost events."""
+        self._look_at = 0.0
+        """When it may begin (monotonic)."""
+        self._looked = 0.0
+        """Unix time at which the last one began."""
         self._woken = False
         self._wake = asyncio.Event()
         self._lock = asyncio.Lock()
@@ -120,18 +104,15 @@ class Observer:
 
     def cell_started(self, msg_id: str, execution_count: int | None) -> None:
         """From now on files are this cell's. Again with the same ``msg_id``: its count has become known."""
-        same = msg_id == self._cell.msg_id and self._running
-        self._cell = _Cell(msg_id, execution_count, self._cell.started if same else time.time())
-        self._running = True
-        self._cells[msg_id] = self._cell
-        self._books.cell_started(msg_id, fresh=not same)
+        fresh = self._turns.begin(msg_id, execution_count)
+        self._books.cell_started(msg_id, fresh=fresh)
 
     def settled(self, msg_id: str) -> list[Artifact] | None:
         """As :meth:`cell_finished` where nothing lies in ``artifacts/``; else None, and the cell has not ended yet."""
         if self._lock.locked() or self._look or not self._empty():
             return None
-        self._end(msg_id)
-        self._dirty.clear()
+        self._turns.end(msg_id)
+        self._dirty.forget(time.monotonic())
         return self._books.cell_finished(msg_id)
 
     async def cell_finished(self, msg_id: str) -> list[Artifact]:
@@ -141,20 +122,19 @@ class Observer:
         """
         made = self.settled(msg_id)
         if made is None:
-            await self._sweep(self._end(msg_id))
+            await self._sweep(self._turns.end(msg_id))
             made = self._books.cell_finished(msg_id)
         return made
 
-    def _end(self, msg_id: str) -> _Cell:
-        cell = self._cells.pop(msg_id, None) or _Cell(msg_id)
-        if cell is self._cell:
-            self._running = False
-        return cell
-
     async def drain(self) -> list[Artifact]:
         """The kernel is gone: take everything, also what it left open. Raises ArtifactError."""
-        self._running = False
-        return await self._sweep(self._cell, force=True)
+        self._turns.running = False
+        made: list[Artifact] = []
+        for turn in dict.fromkeys((*self._turns.left, self._turns.last)):
+            made += await self._sweep(turn, force=True)
+            while turn in self._turns.left:  # there was more than one scan looks at
+                made += await self._sweep(turn, force=True)
+        return made
 
     async def waiting(self) -> list[Waiting]:
         """What lies in ``artifacts/`` now. Raises ArtifactError."""
@@ -168,18 +148,15 @@ class Observer:
             ]
 
         async with self._lock:
-            return await _in_thread(look)
+            return await in_thread(look)
 
     # -- what watchdog's thread says -------------------------------------------------------
 
     def _file_closed(self, path: bytes) -> None:
-        if len(self._dirty) < _MAX_DIRTY:
-            self._dirty[path] = time.monotonic()
-            # Only the first one matters to the task: it sleeps until the oldest is due.
-            if len(self._dirty) == 1:
-                self._rouse()
-        else:
+        if not self._dirty.add(path):
             self._folder_made()
+        elif len(self._dirty) == 1:
+            self._rouse()  # only the first one matters to the task: it sleeps until the oldest is due
 
     def _folder_made(self) -> None:
         if not self._look:
@@ -199,36 +176,27 @@ class Observer:
     async def _run(self) -> None:
         while True:
             await self._wait()
-            left, self._left = self._left, None
-            if left is not None:
-                try:
-                    await self._sweep(left, behind=True)
-                except ArtifactError as exc:
-                    _log.warning("session %s: %s", self.session_id, exc)
-                continue
-            now = time.monotonic()
-            look = self._look and self._looked + QUIET_S <= now
-            if look:
-                self._look, self._looked = False, now
-            due = [path for path, closed in list(self._dirty.items()) if closed + self._quiet(path) <= now]
-            for path in due:
-                self._dirty.pop(path, None)
-            if not due and not look:
-                continue
             try:
-                async with self._lock:
-                    await _in_thread(lambda: self._take_early(self._cell, due, look))  # noqa: B023 (awaited here)
+                if self._turns.left:
+                    await self._sweep(self._turns.left[0], behind=True)
+                    continue
+                look = self._look and self._look_at <= time.monotonic()
+                due = self._dirty.due()
+                if due or look:
+                    async with self._lock:
+                        await in_thread(lambda: self._take_early(self._turns.last, due, look))  # noqa: B023 (awaited here)
             except ArtifactError as exc:
                 _log.warning("session %s: %s", self.session_id, exc)
 
     async def _wait(self) -> None:
         """Until something is due, or something new was said."""
-        times = [closed + self._quiet(path) for path, closed in list(self._dirty.items())]
-        if self._left is not None:
+        due = self._dirty.next_due()
+        times = [] if due is None else [max(due, time.monotonic() + 0.05)]
+        if self._turns.left:
             times.append(0.0)
         if self._look:
-            times.append(self._looked + QUIET_S)  # folder after folder must not mean scan after scan
-        timeout = max(min(times) - time.monotonic(), 0.05 if self._dirty else 0) if times else None
+            times.append(self._look_at)
+        timeout = max(min(times) - time.monotonic(), 0) if times else None
         if timeout is None or timeout > 0:
             try:
                 async with asyncio.timeout(timeout):
@@ -238,100 +206,109 @@ class Observer:
         self._wake.clear()
         self._woken = False
 
-    def _quiet(self, path: bytes) -> float:
-        return self._books.quiet(printable(path), QUIET_S if len(self._dirty) < _MANY else QUIET_MANY_S)
-
     # -- in a thread, under the lock -------------------------------------------------------
 
-    def _take_early(self, cell: _Cell, due: Sequence[bytes], look: bool) -> None:
+    def _take_early(self, turn: Turn, due: Sequence[bytes], look: bool) -> None:
         if look:
-            now = time.monotonic()
-            for item in scan_untrusted(self._fd, on_folder=self._watch.add):
-                if isinstance(item, Found) and len(self._dirty) < _MAX_DIRTY:
-                    self._dirty.setdefault(os.fsencode(item.path), now)
+            self._look_around()
         found: list[Found] = []
         refused: list[Refusal] = []
-        for path in due:
-            try:
-                status = stat_untrusted(self._fd, path)
-            except (OSError, ArtifactError):
-                continue
-            reason = refusal_of(status) if is_text(path) else "a name that is not valid UTF-8"
-            if reason is None:
-                found.append(Found(os.fsdecode(path), status))
-            elif reason != "a folder":
-                refused.append(Refusal(printable(path), reason, status.st_size, file_identity(status)))
+        with Below(self._fd) as below:
+            for path in due:
+                try:
+                    status = below.stat(os.fsdecode(path))
+                except (OSError, ArtifactError):
+                    continue
+                reason = refusal_of(status) if is_text(path) else "a name that is not valid UTF-8"
+                if reason is not None:
+                    if reason != "a folder":
+                        refused.append(Refusal(printable(path), reason, status.st_size, file_identity(status)))
+                elif not self._turns.of_an_earlier(turn, status.st_ctime):
+                    found.append(Found(os.fsdecode(path), status))
         for batch in batches(found):
             if self._sweeps:
                 break
-            ended = not self._running and cell is self._cell  # asked anew: the next one may have begun
-            refused += self._ingest(batch, cell, ended=ended, give_up=lambda: self._sweeps > 0)
+            ended = not self._turns.running and turn is self._turns.last  # asked anew: the next one may have begun
+            refused += self._ingest(turn, ended=ended, give_up=lambda: self._sweeps > 0).batch(batch).refused
         self._tell(refused)
 
-    async def _sweep(self, cell: _Cell, *, force: bool = False, behind: bool = False) -> list[Artifact]:
+    def _look_around(self) -> None:
+        """Watch new folders, and note the files that came since the last look: nobody may have said so."""
+        began, self._look = time.monotonic(), False
+        looked, self._looked = self._looked, time.time()
+        for item in scan_untrusted(self._fd, on_folder=self._watch.add):
+            if isinstance(item, Found) and item.status.st_ctime >= looked - 1:
+                self._dirty.add(os.fsencode(item.path))
+        now = time.monotonic()
+        self._look_at = max(began + QUIET_S, now + 10 * (now - began))  # folder after folder: not scan after scan
+
+    async def _sweep(self, turn: Turn, *, force: bool = False, behind: bool = False) -> list[Artifact]:
         """``behind``: nobody waits for it, and it gives way to who does."""
-        self._sweeps += 1  # what is being taken early gives way: the sweep takes it, and more quickly
-        try:
-            await self._lock.acquire()
-        finally:
-            self._sweeps -= 1
-        try:
-            before = time.monotonic()
-            self._look = False
-            made: list[Artifact] = []
-            await _in_thread(lambda: self._take_all(cell, force, behind, made))
-            for path, closed in list(self._dirty.items()):
-                if closed < before and self._following(cell) is None:
-                    self._dirty.pop(path, None)
-            return made
-        finally:
-            self._lock.release()
+        with self._turns.swept(turn) as whole:
+            self._sweeps += 1  # what is being taken early gives way: the sweep takes it, and more quickly
+            try:
+                await self._lock.acquire()
+            finally:
+                self._sweeps -= 1
+            try:
+                before = time.monotonic()
+                self._look = False
+                made: list[Artifact] = []
+                whole.append(await in_thread(lambda: self._take_all(turn, force, behind, made)))
+                if self._turns.following(turn) is None:
+                    self._dirty.forget(before)
+            finally:
+                self._lock.release()
+        self._rouse()
+        return made
 
-    def _following(self, cell: _Cell) -> _Cell | None:
-        """The cell that runs now, where it is another one; it may begin while a sweep is under way."""
-        return self._cell if self._running and cell is not self._cell else None
-
-    def _take_all(self, cell: _Cell, force: bool, behind: bool, made: list[Artifact]) -> None:
+    def _take_all(self, turn: Turn, force: bool, behind: bool, made: list[Artifact]) -> bool:
+        """False: it took so long that it was broken off, or there was more than one scan looks at."""
         refused: list[Refusal] = []
+        deadline = time.monotonic() + SWEEP_S
+        whole, seen, stuck = True, 0, 0
 
         def files(ended: bool) -> Iterator[Found]:
-            """``ended``: those that nobody but an ended cell can have written; else those that may be either's."""
+            """``ended``: those that only an ended cell can have written; else those that may be the next one's, too."""
+            nonlocal seen
             for item in scan_untrusted(self._fd, on_folder=self._watch.add):
-                if isinstance(item, Refusal):
-                    if ended:
-                        refused.append(item)
-                    continue
-                following = self._following(cell)
-                if following is not None:
-                    written = item.status.st_ctime
-                    old = written < following.started - NEXT_CELL_S
-                    if old != ended or written >= following.started:
-                        continue
-                yield item
+                if isinstance(item, Found):
+                    if self._turns.share(turn, item.status.st_ctime) is ended:
+                        seen += 1
+                        yield item
+                elif ended:
+                    refused.append(item)
 
-        deadline = time.monotonic() + SWEEP_S
-        for old in (True, False):
-            if not old and self._following(cell) is None:
-                break
-            for batch in batches(files(old)):
-                refused += self._ingest(batch, cell, ended=old, force=force, made=made)[: MAX_REFUSALS - len(refused)]
+        def in_time(found: Iterator[Found]) -> Iterator[list[Found]]:
+            nonlocal whole
+            for batch in batches(found):
+                yield batch
                 if not force and (time.monotonic() > deadline or (behind and self._sweeps)):
-                    self._left = cell  # the task takes the rest
-                    self._rouse()
-                    self._tell(refused)
+                    whole = False
                     return
-        self._tell(refused, all_of_them=True)
+
+        for ended in (True, False):
+            if not whole or (not ended and self._turns.following(turn) is None):
+                break
+            for result in self._ingest(turn, ended=ended, force=force, made=made).batches(in_time(files(ended))):
+                refused += result.refused[: MAX_REFUSALS - len(refused)]
+                stuck += len(result.waiting) + len(result.refused)
+        unseen = [refusal for refusal in refused if refusal.reason.endswith(UNSEEN)]
+        if unseen and (seen > stuck or self._turns.of_an_earlier(turn, 0.0)):
+            refused.remove(unseen[0])  # there is, or will be, room to see it
+            whole = False
+        self._tell(refused, all_of_them=whole)
+        return whole
 
     def _ingest(
         self,
-        batch: list[Found],
-        cell: _Cell,
+        turn: Turn,
         *,
         ended: bool,
         force: bool = False,
         made: list[Artifact] | None = None,
         give_up: Callable[[], bool] = never,
-    ) -> list[Refusal]:
+    ) -> Ingest:
         def committed(artifacts: list[Artifact]) -> None:
             if made is not None:
                 made.extend(artifacts)
@@ -340,14 +317,13 @@ class Observer:
         return self.store.ingest(
             self.session_id,
             self._fd,
-            batch,
             ended=ended,
             force=force,
             give_up=give_up,
-            execution_count=cell.execution_count,
-            msg_id=cell.msg_id,
+            execution_count=turn.execution_count,
+            msg_id=turn.msg_id,
             on_committed=committed,
-        ).refused
+        )
 
     def _tell(self, refused: Sequence[Refusal], *, all_of_them: bool = False) -> None:
         news = self._books.news(refused, all_of_them=all_of_them)
@@ -358,7 +334,7 @@ class Observer:
 
     def _created(self, artifacts: list[Artifact]) -> None:
         for artifact in artifacts:
-            self._books.created(artifact, running=self._running)
+            self._books.created(artifact, running=self._turns.running)
         self._on_created(artifacts)
 
     def _empty(self) -> bool:
@@ -368,15 +344,3 @@ class Observer:
                 return next(entries, None) is None
         except OSError:
             return False
-
-
-async def _in_thread(work: Callable[[], _T]) -> _T:
-    """``work()`` in a thread. A cancelled caller waits for it all the same: it uses our descriptors."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise
-    except OSError as exc:
-        raise ArtifactError(f"artifacts cannot be read: {exc}") from exc

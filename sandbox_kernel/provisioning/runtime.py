@@ -29,7 +29,7 @@ from jupyter_core.paths import jupyter_runtime_dir, secure_write
 
 from sandbox_kernel.directory import replace_file, session_id_rule
 from sandbox_kernel.errors import ConnectionFileError, EngineError, SettingsError
-from sandbox_kernel.untrusted import remove_tree
+from sandbox_kernel.tree import remove_tree
 
 BOOT = "/opt/sandbox-kernel"
 SOCKETS = "/run/kernel"

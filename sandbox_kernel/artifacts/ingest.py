@@ -1,0 +1,266 @@
+"""The ingest of what a scan has found, batch after batch: bytes taken, synced, named, recorded, and the files removed.
+
+While the disk writes one batch the next one is taken. More threads than the one that waits for the disk would not help:
+what an ingest does is Python, and short calls of the Linux kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain
+
+from sandbox_kernel.artifacts.blobs import BlobFolder, Named, store_reason
+from sandbox_kernel.artifacts.catalog import Catalog, Latest, Row
+from sandbox_kernel.artifacts.intake import Taken, take
+from sandbox_kernel.artifacts.stored import Artifacts, Kind
+from sandbox_kernel.errors import ArtifactRefused
+from sandbox_kernel.events import Artifact, utc_now
+from sandbox_kernel.untrusted import Below, Found, Refusal, file_identity
+
+MANY = 16
+"""Files in one batch above which small ones too are adopted, not copied: freeing a copied file's blocks is slow."""
+
+
+@dataclass(slots=True)
+class Ingested:
+    """What became of a batch of files."""
+
+    created: list[Artifact] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    """They stay where they are."""
+    waiting: list[str] = field(default_factory=list)
+    """Paths that are still open, or changing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The session, and the cell where it is known, that artifacts are recorded under."""
+
+    session_id: str
+    execution_count: int | None
+    msg_id: str | None
+
+
+@dataclass(slots=True)
+class Allowance:
+    """How much a session may still bring."""
+
+    max_artifact_bytes: int
+    max_session_bytes: int
+    left: int
+
+    def reason(self, size: int) -> str | None:
+        """Why ``size`` bytes are too many; None: they are not."""
+        if size > self.max_artifact_bytes:
+            return f"has {size} bytes or more; max_artifact_bytes is {self.max_artifact_bytes}"
+        if size > self.left:
+            return f"would take the session past max_session_artifacts_bytes ({self.max_session_bytes})"
+        return None
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Files that are taken, and not yet recorded."""
+
+    result: Ingested = field(default_factory=Ingested)
+    fresh: list[Taken] = field(default_factory=list)
+    touched: dict[str, str] = field(default_factory=dict)
+    """Path and artifact of those whose file has only got another ctime."""
+    known: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    """Path and identity of files whose row is there already."""
+    unsynced: set[str] = field(default_factory=set)
+    """Names in ``tmp/`` of bytes that are no blob yet."""
+
+    @property
+    def files(self) -> list[Named]:
+        return [(taken.temporary, taken.sha256) for taken in self.fresh]
+
+    def refuse(self, exc: ArtifactRefused) -> None:
+        """The store does not take what is fresh."""
+        self.result.refused += [Refusal(t.path, str(exc), t.size_bytes, t.identity) for t in self.fresh]
+        self.fresh = []
+
+
+class Ingest:
+    """Made by ``ArtifactStore.ingest``, for one look at one session's files."""
+
+    def __init__(
+        self,
+        blobs: BlobFolder,
+        catalog: Catalog,
+        allowance: Allowance,
+        origin: Origin,
+        dir_fd: int,
+        *,
+        ended: bool,
+        force: bool,
+        give_up: Callable[[], bool],
+        on_committed: Callable[[Artifacts], None] | None,
+    ) -> None:
+        self._blobs = blobs
+        self._catalog = catalog
+        self._allowance = allowance
+        self._origin = origin
+        self._below = Below(dir_fd)
+        self._ended = ended
+        self._force = force
+        self._give_up = give_up
+        self._on_committed = on_committed
+
+    def batch(self, found: Sequence[Found]) -> Ingested:
+        """One transaction for all of them."""
+        with self._below:
+            batch = self._taken(found)
+            with self._refusing(batch):
+                self._blobs.place(batch.files)
+            return self._recorded(batch)
+
+    def batches(self, batches: Iterable[Sequence[Found]]) -> Iterator[Ingested]:
+        """A transaction for each, which waits for the disk while the next one is taken. To be iterated to the end."""
+        ahead = iter(batches)
+        first, second = next(ahead, ()), next(ahead, ())
+        if not second:
+            yield self.batch(first)
+            return
+        taken = named = new = _Batch()
+        with self._below, ThreadPoolExecutor(1, "artifacts") as disk:
+            synced: Future[None] = Future()
+            synced.set_result(None)
+            try:
+                for found in chain((first, second), ahead, ((), ())):
+                    new = self._taken(found)
+                    # The bytes of `taken` and the names of `named` are on the disk with one and the same sync.
+                    with self._refusing(taken, named):
+                        synced.result()
+                    with self._refusing(taken):
+                        self._blobs.name(taken.files, taken.unsynced)
+                    new.unsynced = self._blobs.fresh(new.files)
+                    spare = len(new.files) - len(new.unsynced)
+                    synced = disk.submit(self._blobs.sync, new.unsynced, taken.files, spare)
+                    recorded, named, taken = named, taken, new
+                    yield self._recorded(recorded)
+            except BaseException:
+                self._give_back(taken.fresh)
+                self._give_back(new.fresh)
+                raise
+
+    # -- taking ----------------------------------------------------------------------------
+
+    def _taken(self, found: Sequence[Found]) -> _Batch:
+        batch = _Batch()
+        wanted: list[tuple[Found, Latest | None]] = []
+        latest = self._catalog.latest(self._origin.session_id, [item.path for item in found])
+        for item in found:
+            before = latest.get(item.path)
+            size, identity = item.status.st_size, file_identity(item.status)
+            if before is not None and before[2] == _source(identity):
+                batch.known.append((item.path, identity))
+            elif (reason := self._allowance.reason(size)) is not None:
+                batch.result.refused.append(Refusal(item.path, reason, size, identity))
+            else:
+                self._allowance.left -= size
+                wanted.append((item, before))
+        many = len(wanted) > MANY
+        for item, before in wanted:
+            taken = take(
+                self._blobs,
+                self._below,
+                item,
+                ended=self._ended,
+                force=self._force,
+                many=many,
+                give_up=self._give_up,
+            )
+            if isinstance(taken, Taken):
+                batch.fresh.append(taken)
+                if before is not None and _touched(before, taken):
+                    batch.touched[item.path] = before[0]
+                continue
+            self._allowance.left += item.status.st_size
+            if taken is None:
+                batch.result.waiting.append(item.path)
+            else:
+                batch.result.refused.append(taken)
+        return batch
+
+    def _give_back(self, fresh: Iterable[Taken]) -> None:
+        for taken in fresh:
+            if taken.temporary is not None:
+                with contextlib.suppress(OSError):
+                    self._blobs.drop(taken.temporary)
+
+    # -- booking ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _refusing(self, *batches: _Batch) -> Iterator[None]:
+        """Where the store has no room all of ``batches`` are refused."""
+        try:
+            with room():
+                yield
+        except ArtifactRefused as exc:
+            for batch in batches:
+                self._give_back(batch.fresh)
+                batch.refuse(exc)
+
+    def _recorded(self, batch: _Batch) -> Ingested:
+        result = batch.result
+        rows: list[Row] = []
+        renewed: list[tuple[str, str]] = []
+        for taken in batch.fresh:
+            source = _source(taken.identity)
+            if taken.path in batch.touched:
+                renewed.append((source, batch.touched[taken.path]))
+            else:
+                rows.append((draft(taken, self._origin, "file"), source))
+        if rows or renewed:
+            try:
+                result.created = self._catalog.add(rows, renewed=renewed)
+            except ArtifactRefused as exc:
+                batch.refuse(exc)
+        if result.created and self._on_committed is not None:
+            self._on_committed(result.created)
+        if self._ended:
+            for path, identity in (*batch.known, *((taken.path, taken.identity) for taken in batch.fresh)):
+                self._below.remove(path, identity)
+        return result
+
+
+def _source(identity: tuple[int, ...]) -> str:
+    return " ".join(map(str, identity))
+
+
+def _touched(before: Latest, taken: Taken) -> bool:
+    """Whether a known file has only got another ctime (chmod, a second name come and gone): no new version."""
+    _, sha256, source = before
+    return source is not None and sha256 == taken.sha256 and source.split()[:4] == _source(taken.identity[:4]).split()
+
+
+def draft(taken: Taken, origin: Origin, kind: Kind) -> Artifact:
+    """The artifact that ``taken`` becomes, its version not yet counted."""
+    return Artifact.made(
+        id=f"art_{secrets.token_hex(8)}",
+        filename=taken.path.rpartition("/")[2],
+        path=taken.path,
+        size_bytes=taken.size_bytes,
+        sha256=taken.sha256,
+        content_type=taken.content_type,
+        session_id=origin.session_id,
+        execution_count=origin.execution_count,
+        msg_id=origin.msg_id,
+        version=1,
+        kind=kind,
+        created_at=utc_now(),
+    )
+
+
+@contextlib.contextmanager
+def room() -> Iterator[None]:
+    """The one place where the file system's errors become ArtifactRefused."""
+    try:
+        yield
+    except OSError as exc:
+        raise ArtifactRefused(store_reason(exc)) from exc
