@@ -163,20 +163,6 @@ print(len(names))
         await run(victim, "!rm -rf artifacts/* artifacts/..a artifacts/.[a-z]*")
         await usable(victim)
 
-    async def test_very_many_files(self, victim: Session) -> None:
-        """5,000 instead of 100,000: a test file must end within a minute on a busy machine."""
-        began = time.monotonic()
-        result = await victim.execute(
-            "for n in range(5_000):\n    with open(f'artifacts/{n}', 'w') as f: f.write(str(n % 100))", timeout=60
-        )
-        took = time.monotonic() - began
-        assert result.status == "ok" and len(result.artifacts) == 5_000
-        assert took < 30, f"{took:.1f} s"
-        assert len(str(result)) < 64_000
-        assert os.listdir(folder(victim) / "artifacts") == []
-        assert view(victim).returncode == 0
-        await usable(victim)
-
     async def test_a_sparse_terabyte(self, victim: Session) -> None:
         began = time.monotonic()
         result = await victim.execute(
