@@ -181,9 +181,9 @@ async def test_a_cell_that_was_swept_away_and_not_sent_again_has_its_line(tmp_pa
 
 
 async def test_a_session_that_has_become_busy_is_not_idle(tmp_path: Path) -> None:
-    async with SessionManager(Settings(sessions_root=tmp_path, idle_timeout_s=1)) as manager:
-        await asyncio.gather(manager.start("a"), manager.start("b"))
-        first, second = manager.sessions.values()
+    async with SessionManager(Settings(sessions_root=tmp_path, idle_timeout_s=4)) as manager:
+        await asyncio.gather(manager.start("a"), manager.start("b"))  # on a busy machine seconds apart
+        first, second = sorted(manager.sessions.values(), key=lambda session: session.last_used)
         await until(lambda: first.status == "stopped")  # its container is being removed, which takes a while
         assert (await second.execute("import time; time.sleep(0.8); 'ran'")).result == "'ran'"
 
