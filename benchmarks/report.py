@@ -89,14 +89,14 @@ def _target(one: Measurement) -> str:
 
 def plots(measurements: list[Measurement], folder: Path) -> None:
     """Ratios against their targets; the samples of each pair."""
+    compared = [one for one in measurements if one.ratio is not None]
+    if not compared:
+        return
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    compared = [one for one in measurements if one.ratio is not None]
-    if not compared:
-        return
     figure, axis = pyplot.subplots(figsize=(9, 0.5 * len(compared) + 1.5))
     places = range(len(compared))
     colours = ["tab:green" if one.met else "tab:red" if one.met is False else "tab:gray" for one in compared]
