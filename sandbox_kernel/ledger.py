@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
+from sandbox_kernel.announcements import Announcements
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.errors import ArtifactError, RecordError, SandboxError, SessionClosed
 from sandbox_kernel.events import Artifact, ArtifactCreated, ExecutionResult, timestamp
@@ -31,8 +32,6 @@ METADATA_AFTER_S = 0.001
 METADATA_EVERY_S = 0.05
 TOLD = frozenset({"lost_names", "path", "reason", "message", "host"})
 """Fields of events whose text the kernel chooses: a secret can be in them."""
-ARTIFACTS_PER_LINE = 1_000
-"""In one ``artifacts_created``: a path may be 16 kB long, and no line may be longer than readers take."""
 
 
 class Watch(Protocol):
@@ -60,10 +59,10 @@ class Ledger:
         self._waits = False
         """The task is at a cell that ended before."""
         self._current: Cell | None = None
-        self._held: list[Artifact] | None = None
         self.late = LateOutput(self.append, self.masked)
         self._written = 0.0
         self.refusals = Refusals(self.append)
+        self._announcements = Announcements(recorder, store, self._named, self._failed)
         self._payloads = Payloads(session_id, store, mask, self.append)
         self.outcomes: dict[str, Outcome] = {}
         """What callers wait for, by msg_id."""
@@ -86,6 +85,7 @@ class Ledger:
             await self._task
         self.late.flush()
         self.refusals.flush()
+        await self.settle()
         for outcome in self.outcomes.values():
             outcome.close(
                 SessionClosed(
@@ -93,6 +93,10 @@ class Ledger:
                     "in the log when the session is taken up again"
                 )
             )
+
+    async def settle(self) -> None:
+        """Every artifact that is known has its line."""
+        await self._announcements.settle()
 
     async def _run(self) -> None:
         while (cell := await self._queue.get()) is not None:
@@ -142,10 +146,7 @@ class Ledger:
 
     def created(self, artifacts: Sequence[Artifact]) -> None:
         """Artifacts whose rows are committed: told to the running cell's listener, then to the log."""
-        if self._held is not None:
-            self._held.extend(artifacts)
-        else:
-            self._log_artifacts(artifacts)
+        self._announcements.add(artifacts)
         cell = self._current
         if cell is not None and cell.listener is not None:
             for artifact in artifacts:
@@ -161,21 +162,16 @@ class Ledger:
         except RecordError as exc:
             self.failure = exc
 
-    def _log_artifacts(self, artifacts: Sequence[Artifact]) -> None:
-        files = [artifact for artifact in artifacts if artifact.kind != "output"]
-        for start in range(0, len(files), ARTIFACTS_PER_LINE):
-            batch = files[start : start + ARTIFACTS_PER_LINE]
-            told = batch
-            if self._mask is not None:  # a file can be named after one
-                names = [{"filename": self.masked(item.filename), "path": self.masked(item.path)} for item in batch]
-                told = [item.model_copy(update=name) for item, name in zip(batch, names, strict=True)]
-            try:
-                self.recorder.artifacts_created(told)
-            except RecordError as exc:
-                self.failure = exc
-                return
-            with suppress(ArtifactError):  # who opens the session next finds the line, and marks them then
-                self.store.mark_logged([artifact.id for artifact in batch])
+    def _failed(self, exc: RecordError) -> None:
+        self.failure = exc
+
+    def _named(self, artifact: Artifact) -> Artifact:
+        """As the log may name it: a file can be named after a secret."""
+        if self._mask is None:
+            return artifact
+        return artifact.model_copy(
+            update={"filename": self.masked(artifact.filename), "path": self.masked(artifact.path)}
+        )
 
     def _close_at_once(self, cell: Cell) -> ExecutionResult | None:
         """As :meth:`_close`; None where a thread is needed or a look at the artifacts."""
@@ -192,7 +188,7 @@ class Ledger:
             self._leave(cell)
 
     async def _close(self, cell: Cell) -> ExecutionResult:
-        self._held = []
+        self._announcements.hold()
         try:
             artifacts: list[Artifact] = []
             if self.watch is not None:
@@ -210,8 +206,7 @@ class Ledger:
                 logged = await asyncio.to_thread(self._payloads.keep_displays, outputs, lost)
             return self._record(cell, outputs, logged, lost, artifacts, spooled)
         finally:
-            held, self._held = self._held or [], None
-            self._log_artifacts(held)
+            await self._announcements.release()
             self._leave(cell)
 
     def _leave(self, cell: Cell) -> None:

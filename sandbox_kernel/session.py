@@ -320,6 +320,7 @@ class Session:
                 await self._ledger.watch.drain()
             except ArtifactError as exc:  # they stay where they are
                 self._ledger.append("artifact_refused", path=".", reason=str(exc))
+            await self._ledger.settle()
         self._ledger.close_books()
         if self.opened:  # what never started is not said to have stopped
             more = {} if self._reason is None else {"reason": self._reason}

@@ -21,6 +21,8 @@ _CELL = {
     "lost_names", "death", "started_at",
 }  # fmt: skip
 MAX_ROWS = 200
+MAX_NAMED = 50
+"""Artifacts of one entry that are named: of very many there are very many entries."""
 MAX_FACTS = 50
 """Unknown fields of one entry that are shown."""
 
@@ -58,12 +60,12 @@ def describe(entry: dict[str, Any]) -> Item:
     left = {name: value for name, value in entry.items() if name not in _CHAIN | {"timestamp", "event"}}
     if event == "artifacts_created" and isinstance(artifacts := left.get("artifacts"), list):
         del left["artifacts"]
-        for artifact in artifacts[:MAX_ROWS]:
+        for artifact in artifacts[:MAX_NAMED]:
             row = artifact if isinstance(artifact, dict) else {"id": artifact}
             name = row.get("path") or row.get("filename")
             item.add("note", f"{one_line(row.get('id'))}  {one_line(name)}  {size(row.get('size_bytes'))}")
-        if len(artifacts) > MAX_ROWS:
-            item.add("note", f"... and {len(artifacts) - MAX_ROWS} more")
+        if len(artifacts) > MAX_NAMED:
+            item.add("note", f"... and {len(artifacts) - MAX_NAMED} more")
     if len(left) > MAX_FACTS:
         item.facts.append(f"{len(left)} fields, of which the first {MAX_FACTS}:")
     for name, value in list(left.items())[:MAX_FACTS]:
@@ -160,7 +162,7 @@ def _notes(item: Item, entry: dict[str, Any]) -> None:
 
 
 def _ids(artifacts: Any) -> str:
-    ids = [row.get("id") if isinstance(row, dict) else row for row in _list(artifacts)[:50]]
+    ids = [row.get("id") if isinstance(row, dict) else row for row in _list(artifacts)[:MAX_NAMED]]
     return one_line(", ".join(map(str, ids)), 2000)
 
 
