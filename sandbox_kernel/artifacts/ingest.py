@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 
 from sandbox_kernel.artifacts.blobs import BlobFolder, Named, store_reason
 from sandbox_kernel.artifacts.catalog import Catalog, Latest, Row
-from sandbox_kernel.artifacts.intake import Taken, take
+from sandbox_kernel.artifacts.intake import BIG, Taken, take
 from sandbox_kernel.artifacts.stored import Artifacts, Kind
 from sandbox_kernel.errors import ArtifactRefused
 from sandbox_kernel.events import Artifact, utc_now
@@ -23,6 +23,8 @@ from sandbox_kernel.untrusted import Below, Found, Refusal, file_identity
 
 MANY = 16
 """Files in one batch above which small ones too are adopted, not copied: freeing a copied file's blocks is slow."""
+_THREADS = 3
+"""One waits for the disk, and two hash what is big."""
 
 
 @dataclass(slots=True)
@@ -68,16 +70,12 @@ class _Batch:
 
     result: Ingested = field(default_factory=Ingested)
     fresh: list[Taken] = field(default_factory=list)
-    touched: dict[str, str] = field(default_factory=dict)
-    """Path and artifact of those whose file has only got another ctime."""
+    latest: dict[str, Latest] = field(default_factory=dict)
+    """What was recorded of their paths before."""
     known: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     """Path and identity of files whose row is there already."""
     unsynced: set[str] = field(default_factory=set)
     """Names in ``tmp/`` of bytes that are no blob yet."""
-
-    @property
-    def files(self) -> list[Named]:
-        return [(taken.temporary, taken.sha256) for taken in self.fresh]
 
     def refuse(self, exc: ArtifactRefused) -> None:
         """The store does not take what is fresh."""
@@ -113,10 +111,13 @@ class Ingest:
 
     def batch(self, found: Sequence[Found]) -> Ingested:
         """One transaction for all of them."""
-        with self._below:
-            batch = self._taken(found)
+        with self._working() as threads:
+            batch = self._taken(found, threads)
             with self._refusing(batch):
-                self._blobs.place(batch.files)
+                self._blobs.place(_files(taken for taken in batch.fresh if taken.hashing is None))
+            self._hashed(batch)
+            with self._refusing(batch):
+                self._blobs.place(_files(taken for taken in batch.fresh if taken.hashing is not None))
             return self._recorded(batch)
 
     def batches(self, batches: Iterable[Sequence[Found]]) -> Iterator[Ingested]:
@@ -127,20 +128,21 @@ class Ingest:
             yield self.batch(first)
             return
         taken = named = new = _Batch()
-        with self._below, ThreadPoolExecutor(1, "artifacts") as disk:
+        with self._working() as threads:
             synced: Future[None] = Future()
             synced.set_result(None)
             try:
                 for found in chain((first, second), ahead, ((), ())):
-                    new = self._taken(found)
+                    new = self._taken(found, threads)
+                    self._hashed(new)
                     # The bytes of `taken` and the names of `named` are on the disk with one and the same sync.
                     with self._refusing(taken, named):
                         synced.result()
                     with self._refusing(taken):
-                        self._blobs.name(taken.files, taken.unsynced)
-                    new.unsynced = self._blobs.fresh(new.files)
-                    spare = len(new.files) - len(new.unsynced)
-                    synced = disk.submit(self._blobs.sync, new.unsynced, taken.files, spare)
+                        self._blobs.name(_files(taken.fresh), taken.unsynced)
+                    new.unsynced = self._blobs.fresh(_files(new.fresh))
+                    spare = len(new.fresh) - len(new.unsynced)
+                    synced = threads.submit(self._blobs.sync, new.unsynced, _files(taken.fresh), spare)
                     recorded, named, taken = named, taken, new
                     yield self._recorded(recorded)
             except BaseException:
@@ -148,14 +150,18 @@ class Ingest:
                 self._give_back(new.fresh)
                 raise
 
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[Executor]:
+        with self._below, ThreadPoolExecutor(_THREADS, "artifacts") as threads:  # none is begun before it is needed
+            yield threads
+
     # -- taking ----------------------------------------------------------------------------
 
-    def _taken(self, found: Sequence[Found]) -> _Batch:
-        batch = _Batch()
-        wanted: list[tuple[Found, Latest | None]] = []
-        latest = self._catalog.latest(self._origin.session_id, [item.path for item in found])
+    def _taken(self, found: Sequence[Found], threads: Executor) -> _Batch:
+        batch = _Batch(latest=self._catalog.latest(self._origin.session_id, [item.path for item in found]))
+        wanted: list[Found] = []
         for item in found:
-            before = latest.get(item.path)
+            before = batch.latest.get(item.path)
             size, identity = item.status.st_size, file_identity(item.status)
             if before is not None and before[2] == _source(identity):
                 batch.known.append((item.path, identity))
@@ -163,9 +169,9 @@ class Ingest:
                 batch.result.refused.append(Refusal(item.path, reason, size, identity))
             else:
                 self._allowance.left -= size
-                wanted.append((item, before))
+                wanted.append(item)
         many = len(wanted) > MANY
-        for item, before in wanted:
+        for item in sorted(wanted, key=lambda item: item.status.st_size < BIG):  # the others while these are hashed
             taken = take(
                 self._blobs,
                 self._below,
@@ -174,11 +180,10 @@ class Ingest:
                 force=self._force,
                 many=many,
                 give_up=self._give_up,
+                threads=threads,
             )
             if isinstance(taken, Taken):
                 batch.fresh.append(taken)
-                if before is not None and _touched(before, taken):
-                    batch.touched[item.path] = before[0]
                 continue
             self._allowance.left += item.status.st_size
             if taken is None:
@@ -186,6 +191,17 @@ class Ingest:
             else:
                 batch.result.refused.append(taken)
         return batch
+
+    def _hashed(self, batch: _Batch) -> None:
+        """Wait for the hashes of the big ones."""
+        for taken in list(batch.fresh):
+            try:
+                taken.hashed()
+            except OSError as exc:
+                batch.fresh.remove(taken)
+                self._give_back([taken])
+                reason = store_reason(exc)
+                batch.result.refused.append(Refusal(taken.path, reason, taken.size_bytes, taken.identity))
 
     def _give_back(self, fresh: Iterable[Taken]) -> None:
         for taken in fresh:
@@ -210,10 +226,10 @@ class Ingest:
         result = batch.result
         rows: list[Row] = []
         renewed: list[tuple[str, str]] = []
-        for taken in batch.fresh:
-            source = _source(taken.identity)
-            if taken.path in batch.touched:
-                renewed.append((source, batch.touched[taken.path]))
+        for taken in sorted(batch.fresh, key=lambda taken: taken.identity[3]):  # by age, as they were found
+            source, before = _source(taken.identity), batch.latest.get(taken.path)
+            if before is not None and _touched(before, taken):
+                renewed.append((source, before[0]))
             else:
                 rows.append((draft(taken, self._origin, "file"), source))
         if rows or renewed:
@@ -227,6 +243,10 @@ class Ingest:
             for path, identity in (*batch.known, *((taken.path, taken.identity) for taken in batch.fresh)):
                 self._below.remove(path, identity)
         return result
+
+
+def _files(fresh: Iterable[Taken]) -> list[Named]:
+    return [(taken.temporary, taken.sha256) for taken in fresh]
 
 
 def _source(identity: tuple[int, ...]) -> str:

@@ -16,6 +16,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 from sandbox_kernel.artifacts.blobs import BlobFolder, store_reason
@@ -25,8 +26,8 @@ from sandbox_kernel.untrusted import Below, Found, Refusal, adopted, file_identi
 CHUNK = 2**20
 _ADOPT_FROM = CHUNK
 """Smaller files are copied unless they are many: so a kernel that opens its file again is not turned away."""
-_SYNC_BESIDE = 8 * CHUNK
-"""From this size on, the disk writes while the processor hashes."""
+BIG = 8 * CHUNK
+"""From this size on, the disk writes while the processor hashes, and both while other files are taken."""
 
 _TYPES = {
     ".parquet": "application/vnd.apache.parquet",
@@ -65,6 +66,14 @@ class Taken:
     content_type: str
     identity: tuple[int, ...]
     temporary: str | None
+    hashing: Future[tuple[str, bytes]] | None = None
+    """Of a big file, what :meth:`hashed` waits for."""
+
+    def hashed(self) -> None:
+        """``sha256`` and ``content_type`` are known from now on. Raises OSError."""
+        if self.hashing is not None:
+            self.sha256, head = self.hashing.result()
+            self.content_type = type_of(self.path, head)
 
 
 def type_of(path: str, head: bytes) -> str:
@@ -109,11 +118,13 @@ def take(
     force: bool = False,
     many: bool = False,
     give_up: Callable[[], bool] = never,
+    threads: Executor | None = None,
 ) -> Taken | Refusal | None:
     """The bytes of ``found``; a Refusal (a full store too); or None: gone, still open, or changing, so not now.
 
     ``ended``: its cell has ended, so it may be adopted. ``force``: nobody is left who could close it.
-    ``many``: one of very many, so that quickness counts. While ``give_up()``, nothing is copied.
+    ``many``: one of very many, so that quickness counts. While ``give_up()``, nothing is copied. ``threads`` hash what
+    is big and adopted.
     """
     identity = file_identity(found.status)
     try:
@@ -133,7 +144,7 @@ def take(
         if writing and not force:
             return None
         if ended and _adoptable(blobs, status, writing, many):
-            taken = _adopt(blobs, fd, found.path, status)
+            taken = _adopt(blobs, fd, found.path, status, threads)
             if taken is not None:
                 return taken
         return _copy(blobs, fd, found.path, status, force=force, give_up=give_up)
@@ -150,7 +161,7 @@ def _adoptable(blobs: BlobFolder, status: os.stat_result, writing: bool | None, 
     return foreign and fitting and status.st_size >= (1 if many else _ADOPT_FROM)
 
 
-def _adopt(blobs: BlobFolder, fd: int, path: str, status: os.stat_result) -> Taken | None:
+def _adopt(blobs: BlobFolder, fd: int, path: str, status: os.stat_result, threads: Executor | None) -> Taken | None:
     """None when it cannot be linked or somebody opened it for writing meanwhile; then everything is as before."""
     name = blobs.new_name(link_of=status)
     try:
@@ -168,18 +179,30 @@ def _adopt(blobs: BlobFolder, fd: int, path: str, status: os.stat_result) -> Tak
         same = (now.st_size, now.st_mtime_ns, now.st_nlink) == (status.st_size, status.st_mtime_ns, 2)
         if not same or open_for_writing(fd) is not False:
             return None
-        sha256, head = _hash(fd, status.st_size)
+        if threads is not None and status.st_size >= BIG:
+            hashing = threads.submit(_hash_and_close, os.dup(fd), status.st_size)
+            taken = Taken(path, "", status.st_size, "", file_identity(now), name, hashing)
+        else:
+            sha256, head = _hash(fd, status.st_size)
+            taken = Taken(path, sha256, status.st_size, type_of(path, head), file_identity(now), name)
         kept = True
     finally:
         if not kept:
             blobs.drop(name)  # gives it back to its owner, too
-    return Taken(path, sha256, status.st_size, type_of(path, head), file_identity(now), name)
+    return taken
+
+
+def _hash_and_close(fd: int, size: int) -> tuple[str, bytes]:
+    try:
+        return _hash(fd, size)
+    finally:
+        os.close(fd)
 
 
 def _hash(fd: int, size: int) -> tuple[str, bytes]:
     """SHA-256 and first bytes, of a big file while the disk is already writing it. Raises OSError."""
     digest, head, offset = hashlib.sha256(), b"", 0
-    with _syncing(fd) if size >= _SYNC_BESIDE else contextlib.nullcontext():
+    with _syncing(fd) if size >= BIG else contextlib.nullcontext():
         while offset < size:
             data = os.pread(fd, min(CHUNK, size - offset), offset)
             if not data:
