@@ -313,6 +313,28 @@ def test_batch_after_batch(bench: Bench) -> None:
     assert bench.store.check() == []
 
 
+@pytest.mark.parametrize("others", [3, 100])
+def test_big_files_among_others(bench: Bench, others: int) -> None:
+    bench.store.max_artifact_bytes = bench.store.max_session_bytes = 2**30
+    names = []
+    for number in range(others):
+        names.append(bench.write(f"{number}", b"%d" % number).name)
+        if number % 40 == 1:
+            names.append(bench.write(f"big-{number}", b"%d" % (number % 80) * 10 * 2**20).name)
+    for number, name in enumerate(names):
+        os.utime(bench.folder / name, ns=(number, number))
+    made = bench.ingest().created
+    in_one_batch = len(names) <= 50
+    assert [artifact.path for artifact in made] == names if in_one_batch else len(made) == len(names)
+    for artifact in made:
+        number = int(artifact.path.removeprefix("big-"))
+        expected = b"%d" % (number % 80) * 10 * 2**20 if artifact.path.startswith("big") else b"%d" % number
+        assert bench.store.read(artifact.id) == expected
+        assert artifact.content_type == "text/plain"
+    assert os.listdir(bench.folder) == []
+    assert bench.store.check() == []
+
+
 def test_batches_that_are_not_waited_for_leave_their_files_as_they_were(bench: Bench) -> None:
     for number in range(200):
         bench.write(f"{number}", b"%d" % number)
