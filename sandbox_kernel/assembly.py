@@ -16,7 +16,8 @@ from functools import partial
 from typing import Any
 
 from sandbox_kernel.artifacts.agent import Agent
-from sandbox_kernel.artifacts.remote import RemoteSpool, export_file
+from sandbox_kernel.artifacts.fetching import export_file
+from sandbox_kernel.artifacts.remote import RemoteSpool
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.datasets import Datasets, FetchDataset
 from sandbox_kernel.errors import (

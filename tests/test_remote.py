@@ -20,7 +20,8 @@ import pytest
 from streams import AGENT, Opener, in_container
 
 from sandbox_kernel.artifacts.agent import Agent, AgentGone, is_plain_path
-from sandbox_kernel.artifacts.remote import RemoteSpool, export_file
+from sandbox_kernel.artifacts.fetching import export_file
+from sandbox_kernel.artifacts.remote import RemoteSpool
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.errors import ArtifactNotFound, ArtifactRefused
 from sandbox_kernel.events import Artifact
@@ -340,18 +341,66 @@ async def test_state_and_export(place: Place, tmp_path: Path) -> None:
 async def test_a_sweep_ends_in_time_and_the_rest_is_taken_afterwards(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sandbox_kernel.artifacts.remote.SWEEP_S", 0.4)
+    monkeypatch.setattr("sandbox_kernel.artifacts.remote.SWEEP_S", 0.2)
+    monkeypatch.setattr("sandbox_kernel.artifacts.remote.TOGETHER", 5)
     async with place.spool() as spool:
         spool.cell_started("m1", 1)
-        for number in range(300):
+        for number in range(1000):
             (place.artifacts / f"{number}").write_text(str(number))
         began = time.monotonic()
         made = await spool.cell_finished("m1")
         assert time.monotonic() - began < 5
-        assert len(made) < 300
-        await until(lambda: len(place.created) == 300, 60)
+        assert len(made) < 1000
+        await until(lambda: len(place.created) == 1000, 60)
         await until(lambda: not any(place.artifacts.iterdir()))
         assert {artifact.msg_id for artifact in place.created} == {"m1"}
+
+
+async def test_the_next_cell_does_not_wait_for_what_the_last_one_left(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sandbox_kernel.artifacts.remote.SWEEP_S", 0.1)
+    monkeypatch.setattr("sandbox_kernel.artifacts.remote.TOGETHER", 5)
+    async with place.spool() as spool:
+        spool.cell_started("m1", 1)
+        for number in range(500):
+            (place.artifacts / f"{number}").write_text(str(number))
+        assert len(await spool.cell_finished("m1")) < 500
+        monkeypatch.setattr("sandbox_kernel.artifacts.remote.SWEEP_S", 30.0)
+        made = {}
+        for number in (2, 3):
+            spool.cell_started(f"m{number}", number)
+            (place.artifacts / f"of-{number}").write_text("")
+            made[number] = [artifact.path for artifact in await spool.cell_finished(f"m{number}")]
+        assert made == {2: ["of-2"], 3: ["of-3"]}
+        assert any(place.artifacts.iterdir()), "the rest is still being taken"
+        await until(lambda: not any(place.artifacts.iterdir()), 60)
+        owners = {artifact.path: artifact.execution_count for artifact in place.created}
+        assert owners == {str(number): 1 for number in range(500)} | {"of-2": 2, "of-3": 3}
+        assert len(place.created) == 502
+
+
+async def test_what_cannot_be_fetched_before_the_end_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sandbox_kernel.artifacts.remote.LAST_SWEEP_S", 0.1)
+    monkeypatch.setattr("sandbox_kernel.artifacts.remote.TOGETHER", 5)
+    async with place.spool() as spool:
+        for number in range(1000):
+            (place.artifacts / f"{number}").write_text(str(number))
+        taken = len(await spool.drain())
+        assert [reason for _, reason in place.refused] == [f"{1000 - taken} files could not be fetched within 0 s"]
+
+
+async def test_small_files_past_the_sessions_size_are_refused_one_by_one(tmp_path: Path) -> None:
+    place = Place(tmp_path, max_session_bytes=10)
+    async with place.spool() as spool:
+        for number in range(5):
+            (place.artifacts / f"{number}").write_text("four")
+        spool.cell_started("m1", 1)
+        assert len(await spool.cell_finished("m1")) == 2
+        assert len(place.refused) == 3
+        assert all("max_session_artifacts_bytes" in reason for _, reason in place.refused)
+        assert len(list(place.artifacts.iterdir())) == 3
+    place.store.close()
 
 
 # --- lies -------------------------------------------------------------------------------------

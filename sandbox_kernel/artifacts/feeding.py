@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import TypeVar
 
+from sandbox_kernel.artifacts.ingest import Origin
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.artifacts.stored import Kind
-from sandbox_kernel.errors import ArtifactError
+from sandbox_kernel.errors import ArtifactError, ArtifactRefused
 from sandbox_kernel.events import Artifact
 
 _T = TypeVar("_T")
@@ -40,6 +41,21 @@ async def put_chunks(
         pieces.stop()
         (done,) = await asyncio.gather(writing, return_exceptions=True)
         if committed is not None and isinstance(done, Artifact):
+            committed(done)
+
+
+async def put_together(
+    store: ArtifactStore,
+    files: Sequence[tuple[Origin, str, bytes]],
+    committed: Callable[[Sequence[Artifact | ArtifactRefused]], None],
+) -> None:
+    """``store.put_files`` in a thread; ``committed`` hears what became of them, also where the caller is cancelled."""
+    writing = asyncio.ensure_future(asyncio.to_thread(store.put_files, files))
+    try:
+        await asyncio.shield(writing)
+    finally:
+        (done,) = await asyncio.gather(writing, return_exceptions=True)
+        if not isinstance(done, BaseException):
             committed(done)
 
 

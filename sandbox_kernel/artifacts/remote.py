@@ -9,29 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from hashlib import sha256
 from types import TracebackType
 from typing import Self
 
-from sandbox_kernel.artifacts.agent import (
-    Agent,
-    AgentGone,
-    ByteStream,
-    Listing,
-    Missing,
-    OpenStream,
-    RemoteFile,
-    RemoteFileInfo,
-)
-from sandbox_kernel.artifacts.feeding import Cell, put_chunks
+from sandbox_kernel.artifacts.agent import Agent, AgentGone, ByteStream, Missing, OpenStream, RemoteFileInfo
+from sandbox_kernel.artifacts.feeding import Cell, put_chunks, put_together
+from sandbox_kernel.artifacts.fetching import Changed, export_file, unchanged
+from sandbox_kernel.artifacts.ingest import Origin
+from sandbox_kernel.artifacts.listed import Listed
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.artifacts.sweep import SWEEP_S, SweepBooks, Waiting
-from sandbox_kernel.errors import ArtifactError, ArtifactNotFound, ArtifactRefused
+from sandbox_kernel.errors import ArtifactError, ArtifactRefused
 from sandbox_kernel.events import Artifact
 from sandbox_kernel.snapshot import STATE_LIMIT
 from sandbox_kernel.untrusted import Refusal
@@ -41,21 +35,10 @@ __all__ = ["ByteStream", "OpenStream", "RemoteSpool", "export_file"]
 POLL_S = 0.5
 LAST_SWEEP_S = 300.0
 """The same of the last one, after which nothing is left to be taken."""
-QUIET_S = 1.0
-"""While its cell runs a file is taken once it was closed and unchanged for QUIET_S, and for twice as long per further
-version: not each line of a log is one."""
+SMALL, TOGETHER = 1 << 16, 100
+"""Files of so few bytes are stored so many at once: one transaction."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Known:
-    """What became of a file that was listed, for as long as its identity holds."""
-
-    identity: tuple[int, int, int]
-    since: float
-    stored: bool = False
-    refused: str | None = None
 
 
 class RemoteSpool:
@@ -86,18 +69,17 @@ class RemoteSpool:
         # state() and export() must not wait behind a file of gigabytes: a stream of their own, opened when first used.
         self._asking = Agent(open_stream)
         self._lock = asyncio.Lock()
-        self._known: dict[str, _Known] = {}
+        self._listed = Listed()
         self._books = SweepBooks()
         self._tag: str | None = None
-        self._listing = Listing([], [], True)
         self._running: dict[str, int | None] = {}
         self._last: Cell = (None, None)
-        # Files older than this object, at the first look: a host that died may have stored and not removed them.
-        self._inherited: dict[str, tuple[int, int, int]] | None = None
-        self._began_ns = time.time_ns()
+        self._last_began_ns = 0
         self._launched = False
         self._broken_off = False
-        """The last sweep took too long."""
+        """The last sweep took too long, or gave way to one that somebody waits for."""
+        self._awaited = 0
+        """Sweeps that somebody waits for, and that wait for the lock."""
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
         self._poller: asyncio.Task[None] | None = None
@@ -124,7 +106,10 @@ class RemoteSpool:
 
     def cell_started(self, msg_id: str, execution_count: int | None) -> None:
         """From now on what appears is this cell's. Again with the same ``msg_id``: its count has become known."""
-        self._books.cell_started(msg_id, fresh=msg_id not in self._running)
+        fresh = msg_id not in self._running
+        self._books.cell_started(msg_id, fresh=fresh)
+        if fresh:
+            self._last_began_ns = time.time_ns()
         self._running[msg_id] = execution_count
         self._last = (msg_id, execution_count)
         self._ended.clear()
@@ -150,13 +135,8 @@ class RemoteSpool:
     async def waiting(self) -> list[Waiting]:
         """What lies in the container's ``artifacts/`` now. Raises AgentGone."""
         async with self._lock:
-            self._note(*await self._agent.listing(self._tag))
-            self._forget()
-        refused = [Waiting(path, 0, reason) for path, reason in self._listing.refused]
-        return refused + [
-            Waiting(file.path, file.size, known.refused if (known := self._known.get(file.path)) else None)
-            for file in self._listing.files
-        ]
+            await self._list()
+        return self._listed.waiting()
 
     # --- questions ----------------------------------------------------------------------------
 
@@ -184,8 +164,8 @@ class RemoteSpool:
                 self._launched = False
                 with suppress(AgentGone, ArtifactRefused):
                     async with self._lock:
-                        self._note(*await self._agent.listing(self._tag))
-            if not self._running and not self._unsettled():
+                        await self._list()
+            if not self._running and not self._broken_off and not self._listed.unsettled:
                 await self._wake.wait()
             change = self._ended if self._running else self._wake
             with suppress(TimeoutError):
@@ -193,73 +173,87 @@ class RemoteSpool:
                     await change.wait()
                 continue
             try:
-                await self._sweep(self._last, ended=not self._running)
+                await self._sweep(self._last, ended=not self._running, behind=True)
             except ArtifactError as exc:
                 _log.warning("session %s: %s", self._session_id, exc)  # the cell's end says it to the caller
 
-    def _unsettled(self) -> bool:
-        """Something was listed and neither taken nor refused: it is open, or changed while it was read, or there was no
-        time for it."""
-        known = (self._known.get(file.path) for file in self._listing.files)
-        return self._broken_off or any(item is None or not (item.stored or item.refused) for item in known)
-
-    def _note(self, listing: Listing | None, tag: str | None) -> None:
+    async def _list(self) -> None:
+        listing, self._tag = await self._agent.listing(self._tag)
         if listing is not None:
-            self._listing = listing
-            if self._inherited is None:
-                old = (file for file in listing.files if file.mtime_ns < self._began_ns)
-                self._inherited = {file.path: file.identity for file in old}
-        self._tag = tag
+            self._listed.note(listing)
 
-    async def _sweep(self, cell: Cell, *, ended: bool, force: bool = False) -> list[Artifact]:
-        """One look at the folder: takes what may be taken, and removes what is stored once its cell has ended."""
+    async def _sweep(self, cell: Cell, *, ended: bool, force: bool = False, behind: bool = False) -> list[Artifact]:
+        """One look at the folder: takes what may be taken, and removes what is stored once its cell has ended.
+
+        ``behind``: nobody waits for it, and it gives way to who does.
+        """
         created: list[Artifact] = []
-        async with self._lock:
-            refused: list[Refusal] = []
-            try:
-                async with asyncio.timeout(LAST_SWEEP_S if force else SWEEP_S):
-                    await self._look(cell, created, ended=ended, force=force)
-                refused += [Refusal(path, reason) for path, reason in self._listing.refused]
-            except (AgentGone, ArtifactRefused) as exc:
-                self._tag = None
-                refused.append(Refusal(".", f"artifacts cannot be fetched: {exc}"))
-            except TimeoutError:
-                self._tag, self._broken_off = None, True
-            else:
-                self._broken_off = False
-            finally:
-                if created:
-                    self._on_created(created)
-            self._tell(refused)
+        refused: list[Refusal] = []
+        self._awaited += not behind
+        try:
+            await self._lock.acquire()
+        finally:
+            self._awaited -= not behind
+        try:
+            async with asyncio.timeout(LAST_SWEEP_S if force else SWEEP_S):
+                await self._look(cell, created, ended=ended, force=force, behind=behind)
+            self._broken_off = False
+        except (AgentGone, ArtifactRefused) as exc:
+            self._tag = None
+            refused.append(Refusal(".", f"artifacts cannot be fetched: {exc}"))
+        except TimeoutError:
+            self._tag, self._broken_off = None, True
+            if ended:
+                left = self._listed.leave(cell, math.inf if cell[0] == self._last[0] else self._last_began_ns)
+                if force and left:
+                    refused.append(Refusal(".", f"{left} files could not be fetched within {LAST_SWEEP_S:.0f} s"))
+        finally:
+            if created:
+                self._on_created(created)
+            self._lock.release()
+        news = self._books.news(refused + self._listed.refusals(), all_of_them=True)
+        if news:
+            self._on_refused(news)
         return created
 
-    async def _look(self, cell: Cell, created: list[Artifact], *, ended: bool, force: bool) -> None:
-        self._note(*await self._agent.listing(self._tag))
-        self._forget()
-        for file in self._listing.files:
-            if self._ready(file, ended=ended, force=force):
-                await self._take(file, cell, created, force=force)
+    async def _look(self, cell: Cell, created: list[Artifact], *, ended: bool, force: bool, behind: bool) -> None:
+        await self._list()
+        together: list[tuple[RemoteFileInfo, Cell, bytes]] = []
+        for number, file in enumerate(self._listed.files):
+            if number % 1000 == 0:
+                await asyncio.sleep(0)  # of very many: others have their turn
+            if behind and self._awaited:
+                break
+            left_by = self._listed.known(file).left_by
+            if left_by is not None and not (behind or force):
+                continue  # the next cell does not wait for it
+            if not self._listed.is_due(file, self._books, ended=ended, force=force) or self._is_too_big(file):
+                continue
+            if file.size > SMALL or self._listed.is_inherited(file):
+                await self._take(file, left_by or cell, created, force=force)
+            elif (data := await self._read(file, force=force)) is not None:
+                together.append((file, left_by or cell, data))
+                if len(together) == TOGETHER:
+                    await self._store_together(together, created)
+                    together = []
+        await self._store_together(together, created)
+        if behind and self._awaited:
+            raise TimeoutError
         if ended and not self._running:
-            await self._remove()
+            stored = self._listed.stored()
+            if stored:
+                self._listed.removed(await self._agent.remove(stored))
 
-    def _forget(self) -> None:
-        """What is gone or has another content now is unknown again."""
-        now = {file.path: file.identity for file in self._listing.files}
-        self._known = {path: known for path, known in self._known.items() if now.get(path) == known.identity}
-
-    def _ready(self, file: RemoteFileInfo, *, ended: bool, force: bool) -> bool:
-        clock = asyncio.get_running_loop().time()
-        known = self._known.setdefault(file.path, _Known(file.identity, clock))
-        if known.stored or ((known.refused or file.open) and not force):
+    def _is_too_big(self, file: RemoteFileInfo) -> bool:
+        if file.size <= self._store.max_artifact_bytes:
             return False
-        if file.size > self._store.max_artifact_bytes:
-            known.refused = f"has {file.size} bytes; max_artifact_bytes is {self._store.max_artifact_bytes}"
-            return False
-        return ended or clock - known.since >= self._books.quiet(file.path, QUIET_S)
+        reason = f"has {file.size} bytes; max_artifact_bytes is {self._store.max_artifact_bytes}"
+        self._listed.known(file).refused = reason
+        return True
 
     async def _take(self, file: RemoteFileInfo, cell: Cell, created: list[Artifact], *, force: bool) -> None:
         """Stores the file, or notes why not; one that changed meanwhile is left to the next sweep."""
-        known = self._known[file.path]
+        known = self._listed.known(file)
 
         def committed(artifact: Artifact) -> None:
             known.stored = True
@@ -267,17 +261,46 @@ class RemoteSpool:
             self._books.created(artifact, running=bool(self._running))
 
         try:
-            inherited = self._inherited is not None and self._inherited.pop(file.path, None) == file.identity
-            if inherited and await self._is_stored(file):
+            if self._listed.is_inherited(file) and await self._is_stored(file):
                 known.stored = True
                 return
             async with self._agent.get(file.path, limit=self._store.max_artifact_bytes) as content:
-                source = _unchanged(content, file, force)
+                source = unchanged(content, file, force)
                 await put_chunks(self._store, self._session_id, file.path, source, "file", cell, committed)
-        except (_Changed, Missing):
+        except (Changed, Missing):
             return
         except ArtifactRefused as exc:
             known.refused = str(exc)
+
+    async def _read(self, file: RemoteFileInfo, *, force: bool) -> bytes | None:
+        """The bytes of a small file; None: it changed meanwhile and is left to the next sweep, or is refused."""
+        try:
+            async with self._agent.get(file.path, limit=self._store.max_artifact_bytes) as content:
+                if content.size > SMALL:
+                    return None
+                return b"".join([chunk async for chunk in unchanged(content, file, force)])
+        except (Changed, Missing):
+            return None
+        except ArtifactRefused as exc:
+            self._listed.known(file).refused = str(exc)
+            return None
+
+    async def _store_together(
+        self, files: Sequence[tuple[RemoteFileInfo, Cell, bytes]], created: list[Artifact]
+    ) -> None:
+        def committed(stored: Sequence[Artifact | ArtifactRefused]) -> None:
+            for (file, _, _), done in zip(files, stored, strict=True):
+                known = self._listed.known(file)
+                if isinstance(done, Artifact):
+                    known.stored = True
+                    created.append(done)
+                    self._books.created(done, running=bool(self._running))
+                else:
+                    known.refused = str(done)
+
+        if files:
+            rows = [(Origin(self._session_id, count, msg_id), file.path, data) for file, (msg_id, count), data in files]
+            await put_together(self._store, rows, committed)
 
     async def _is_stored(self, file: RemoteFileInfo) -> bool:
         """Whether the newest version of this path in the store has just these bytes."""
@@ -289,59 +312,3 @@ class RemoteSpool:
             async for chunk in content.chunks():
                 digest.update(chunk)
         return digest.hexdigest() == versions[-1].sha256
-
-    async def _remove(self) -> None:
-        stored = [file for file in self._listing.files if (known := self._known.get(file.path)) and known.stored]
-        if stored:
-            removed = await self._agent.remove(stored)
-            self._listing.files[:] = [file for file in self._listing.files if file.path not in removed]
-            for path in removed:
-                self._known.pop(path, None)
-
-    def _tell(self, refused: list[Refusal]) -> None:
-        """Each refusal once for as long as it holds."""
-        refused += [Refusal(path, known.refused) for path, known in self._known.items() if known.refused]
-        news = self._books.news(refused, all_of_them=True)
-        if news:
-            self._on_refused(news)
-
-
-class _Changed(Exception):
-    """The file changed while it was read."""
-
-
-async def _unchanged(content: RemoteFile, file: RemoteFileInfo, force: bool) -> AsyncIterator[bytes]:
-    """The bytes; at their end an exception instead of an end when they are not those of the file that was listed."""
-    if (content.ino, content.size, content.mtime_ns) != file.identity and not force:
-        raise _Changed
-    async for chunk in content.chunks():
-        yield chunk
-    if content.changed and not force:
-        raise _Changed
-
-
-async def export_file(
-    agent: Agent, store: ArtifactStore, session_id: str, path: str | os.PathLike[str], cell: Cell = (None, None)
-) -> Artifact:
-    """``path`` of the container as an artifact of kind ``export``; for BIND too: ``/data``, ``/tmp`` are not shared.
-
-    ``cell``: msg_id and execution_count to record. Raises ArtifactNotFound, ArtifactRefused (no regular file, too big,
-    changed while it was read), AgentGone, TypeError.
-    """
-    path = os.fsdecode(path)
-    try:
-        if "\0" in path:
-            raise Missing
-        async with agent.export(path, limit=store.max_artifact_bytes) as content:
-            return await put_chunks(store, session_id, path.strip("/"), _steady(content), "export", cell)
-    except Missing as exc:
-        raise ArtifactNotFound(f"{path!r} cannot be exported: there is no such file in the container") from exc
-    except ArtifactRefused as exc:
-        raise ArtifactRefused(f"{path!r} cannot be exported: {exc}") from None
-
-
-async def _steady(content: RemoteFile) -> AsyncIterator[bytes]:
-    async for chunk in content.chunks():
-        yield chunk
-    if content.changed:
-        raise ArtifactRefused("it changed while it was read; export it once it is complete")

@@ -136,6 +136,46 @@ class ArtifactStore(StoredArtifacts):
             raise
         return self.catalog.add([(draft(taken, Origin(session_id, execution_count, msg_id), kind), None)])[0]
 
+    def put_files(self, files: Sequence[tuple[Origin, str, bytes]]) -> Sequence[Artifact | ArtifactRefused]:
+        """Record small files ``(origin, path, bytes)`` of one session at once: what became of each, in their order."""
+        allowance = self._allowance(files[0][0].session_id)
+        done: dict[int, Artifact | ArtifactRefused] = {}
+        for number, (_, path, data) in enumerate(files):
+            reason = allowance.reason(len(data))
+            if reason is None:
+                allowance.left -= len(data)
+            else:
+                done[number] = ArtifactRefused(f"{path!r} {reason}")
+        wanted = [number for number in range(len(files)) if number not in done]
+        try:
+            done |= zip(wanted, self._put_all([files[number] for number in wanted]), strict=True)
+        except ArtifactRefused as exc:
+            done |= dict.fromkeys(wanted, exc)
+        return [done[number] for number in range(len(files))]
+
+    def _put_all(self, files: Sequence[tuple[Origin, str, bytes]]) -> Artifacts:
+        names: list[tuple[str, str]] = []
+        try:
+            with room():
+                for _, _, data in files:
+                    name, fd = self.blobs.create()
+                    names.append((name, new_sha256(data).hexdigest()))
+                    with os.fdopen(fd, "wb", buffering=0) as file:
+                        write_all(file.fileno(), data)
+                self.blobs.place(names)
+        except BaseException:
+            for name, _ in names:
+                with contextlib.suppress(OSError):
+                    self.blobs.drop(name)
+            raise
+        taken = (
+            Taken(path, sha256, len(data), type_of(path, data[:512]), (), None)
+            for (_, path, data), (_, sha256) in zip(files, names, strict=True)
+        )
+        return self.catalog.add(
+            [(draft(one, origin, "file"), None) for one, (origin, _, _) in zip(taken, files, strict=True)]
+        )
+
     def ingest(
         self,
         session_id: str,
