@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 CELLS = {
     "pass": "pass",
     "100 lines": "\n".join(f"value_{i} = [{i} + j for j in range(3)]" for i in range(100)),
+    "1,000 prints": "for i in range(1000): print('x' * 99)",
 }
 
 

@@ -197,6 +197,30 @@ def test_output_is_complete_when_the_cell_ends(kernel: Launched) -> None:
         assert sorted(text) == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_prints_are_as_ever(kernel: Launched, known: bool) -> None:
+    """Also where ipykernel's stream has moved, and is left to itself."""
+    kernel.run(f"import sys, threading\nstreams = sys.modules[type(sys.stdout).__module__]\nstreams._KNOWN = {known}")
+    try:
+        _, messages = kernel.run(
+            "class Text(str): pass\n"
+            "sizes = [sys.stdout.write(text) for text in ('a', '', 'é\\ud800', Text('b'), 'c' * 600_000)]\n"
+            "print('on stderr', file=sys.stderr)\n"
+            "threads = [threading.Thread(target=print, args=('d' * 100,)) for _ in range(20)]\n"
+            "[thread.start() for thread in threads]; [thread.join() for thread in threads]\n"
+            "try: sys.stdout.write(b'e')\n"
+            "except TypeError: print('no text')"
+        )
+        streams = [one["content"] for one in messages if one["msg_type"] == "stream"]
+        text = "".join(one["text"] for one in streams if one["name"] == "stdout")
+        assert text.startswith("aé\\ud800b" + "c" * 600_000)
+        assert sorted(text[600_009:]) == sorted("d" * 2000 + "\n" * 21 + "no text")
+        assert [one["text"] for one in streams if one["name"] == "stderr"] == ["on stderr\n"]
+        assert kernel.printed("print(sizes)") == "[1, 0, 7, 1, 600000]\n"
+    finally:
+        kernel.run("streams._KNOWN = True")
+
+
 def test_a_forked_child_prints_and_flushes(kernel: Launched) -> None:
     text = kernel.printed(
         "import os, sys, threading\n"
