@@ -7,6 +7,7 @@ import datetime
 import decimal
 import fractions
 import json
+import sys
 import time
 import traceback
 import types
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sandbox_kernel.kernel_side.describe import LIMIT, Describer, looks_secret
+from sandbox_kernel.kernel_side.fragments import Fragments
 from sandbox_kernel.kernel_side.libraries import LibraryDescriber
 
 
@@ -317,3 +319,62 @@ def test_small_plain_values_read_as_their_repr(describer: Describer, value: Any)
     text = repr(value)
     if len(text) < 150 and text.count("[") < 4 and "\\ud" not in text:
         assert value_of(describer, value) == text.encode("utf-8", "backslashreplace").decode()
+
+
+_PLAIN = st.one_of(st.integers(-2, 2), st.booleans(), st.sampled_from([0.0, -0.0, 1.0, "", "a", "b" * 60, 1 << 80]))
+_LISTED = st.lists(st.one_of(_PLAIN, st.lists(_PLAIN, max_size=2), st.tuples(_PLAIN)), max_size=25)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(contents=st.lists(st.one_of(_LISTED, _LISTED.map(tuple), _PLAIN), min_size=2, max_size=6))
+def test_what_was_seen_before_is_described_as_if_it_were_new(describer: Describer, contents: list[Any]) -> None:
+    fragments, listed = Fragments(describer), list[Any]()
+    for content in contents:
+        value = content
+        if isinstance(content, list):
+            listed[:] = content  # the same list all along
+            value = listed
+        fragments.begin()
+        seen = fragments.of("x", value)
+        fragments.done()
+        assert json.loads(f"{{{seen}}}") == {"x": describer.describe("x", value)}
+        if isinstance(value, list):
+            for inner in value:
+                if isinstance(inner, list):
+                    inner.append(7)
+
+
+def test_what_stayed_the_same_is_not_described_again(describer: Describer) -> None:
+    described: list[str] = []
+
+    class Counting(Describer):
+        def describe(self, name: str, value: Any) -> dict[str, Any]:
+            described.append(name)
+            return super().describe(name, value)
+
+    fragments = Fragments(Counting())
+    namespace = {"number": 3, "text": "abc", "few": [1, "two", None], "pair": (1, 2), "nested": [[1]], "many": [0] * 99}
+
+    def describe_all() -> list[str]:
+        described.clear()
+        fragments.begin()
+        for name, value in namespace.items():
+            fragments.of(name, value)
+        fragments.done()
+        return described
+
+    assert describe_all() == list(namespace)
+    assert describe_all() == ["nested", "many"]
+    namespace["few"].append(4)
+    namespace["number"] = 4
+    assert describe_all() == ["number", "few", "nested", "many"]
+
+
+@pytest.mark.parametrize("value", [[2], [[1]], {"a": 1}, np.ones(3)])
+def test_what_was_described_is_not_held(describer: Describer, value: Any) -> None:
+    """A list may grow, and is freed when its own cell deletes it."""
+    fragments, before = Fragments(describer), sys.getrefcount(value)
+    fragments.begin()
+    fragments.of("x", value)
+    fragments.done()
+    assert sys.getrefcount(value) == before

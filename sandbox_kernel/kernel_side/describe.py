@@ -138,7 +138,7 @@ class Describer:
         _, left, right = _CONTAINERS[id(cls)]
         if depth <= 0:
             return f"{left}...{right}"
-        if (cls is list or cls is tuple) and len(value) <= ITEMS and _all_plain(value):
+        if (cls is list or cls is tuple) and len(value) <= ITEMS and all_plain(value):
             return repr(value)
         parts: List[str] = []
         room = limit
@@ -254,7 +254,7 @@ _CONSTANTS = frozenset(map(id, (float, bool, type(None))))
 _LONG = 1 << 64
 
 
-def _all_plain(items: Iterable[Any]) -> bool:
+def all_plain(items: Iterable[Any]) -> bool:
     """True when ``repr`` of the whole is quick and short: no foreign types, no giant integers, no long texts."""
     for item in items:
         cls = type(item)

@@ -24,12 +24,13 @@ import time
 import types
 from contextvars import ContextVar
 from itertools import islice
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 from . import trims
 from .cells import Cell, Journal, now
 from .describe import SMALL, clean, is_kind
 from .endings import Endings
+from .fragments import Fragments
 from .imports import Imports
 from .libraries import LibraryDescriber
 from .writer import Writer
@@ -49,10 +50,8 @@ STEP = 10
 
 _IPYTHON = re.compile(r"_(\d+|_{0,2}|i{1,3}|i\d+|[iod]h|exit_code)|__\w+__")
 """Names that IPython and Python keep in the namespace themselves."""
-_IMMUTABLE = frozenset(map(id, (type(None), bool, int, float, complex, str, bytes)))
 _log: int = 2
 _said: Set[str] = set()
-_quote: Callable[[str], str] = json.encoder.encode_basestring_ascii
 _cell: "ContextVar[Optional[Cell]]" = ContextVar("sandbox_kernel_cell", default=None)
 
 
@@ -82,7 +81,7 @@ class Hook:
         self.lagging_since: Optional[float] = None
         self.last: Dict[str, Any] = {"execution_count": 0, "msg_id": None}
         self.ended: List[Tuple[str, Optional[int]]] = []
-        self.cache: Dict[str, Tuple[Any, str]] = {}
+        self.fragments = Fragments(self.describer)
         self.poll: Any = None
 
     def install(self) -> None:
@@ -260,17 +259,11 @@ class Hook:
             if i % (20 * STEP) == 0:
                 yield
         fragments: List[str] = []
-        cache: Dict[str, Tuple[Any, str]] = {}
+        self.fragments.begin()
         size, value = 0, None
         for i, name in enumerate(names[-KEPT:]):
             value = namespace.get(name)
-            cached = self.cache.get(name)
-            if cached is not None and cached[0] is value:
-                fragment = cached[1]
-            else:
-                fragment = _fragment(self.describer.hide(name), self.describer.describe(name, value))
-            if id(type(value)) in _IMMUTABLE and len(fragment) <= 2 * SMALL:
-                cache[name] = (value, fragment)
+            fragment = self.fragments.of(name, value)
             size += len(fragment)
             if size > MAX_BYTES - 100_000:
                 break
@@ -278,7 +271,7 @@ class Hook:
             if i % STEP == STEP - 1 or "shape" in fragment:
                 yield  # after each few, and after each that may have taken a while
         del value
-        self.cache = cache
+        self.fragments.done()
         self._write(fragments, names, self.imports.names(modules))
         if self.journal.too_long:
             yield
@@ -296,16 +289,6 @@ class Hook:
         text += f'"imported_modules": {json.dumps([clean(name[:SMALL]) for name in modules or []])},\n'
         text += json.dumps(ours)[1:] + "\n"
         self.writer.put(text.encode("ascii"), set(names))
-
-
-def _fragment(name: str, found: Dict[str, Any]) -> str:
-    """``"name": {...}``: by hand where it is but texts and a length, as ``json.dumps`` takes longer than describing."""
-    length = f', "length": {found["length"]}' if "length" in found else ""
-    if len(found) == 2 + bool(length):
-        inner = f'{{"type": {_quote(found["type"])}, "value": {_quote(found["value"])}{length}}}'
-    else:
-        inner = json.dumps(found)
-    return f"{_quote(clean(name[:SMALL]))}: {inner}"
 
 
 def _failed_at(result: Any, namespace: Dict[str, Any]) -> Optional[int]:
