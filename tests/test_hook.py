@@ -109,6 +109,21 @@ def test_a_hostile_namespace_is_described_and_works(kernel: Launched) -> None:
     assert kernel.printed("print(3)") == "3\n"
 
 
+def test_names_and_exceptions_with_code_of_their_own_cost_no_cell_and_no_state(fresh: Launched) -> None:
+    fresh.run(
+        "class Name(str):\n"
+        "    def __hash__(self): return 1 if not armed else 1 / 0\n"
+        "    def __eq__(self, other): return self is other\n"
+        "class Odd(Exception):\n"
+        "    __traceback__ = property(lambda self: 1 / 0)\n"
+        "armed = False; globals()[Name('name')] = 1; armed = True"
+    )
+    for number in range(3):
+        assert fresh.run(f"a{number} = 1", limit=5)[0]["content"]["status"] == "ok"
+    fresh.run("import json; raise Odd")
+    assert "b" in fresh.state_of("b = 1")["variables"]
+
+
 def test_an_empty_namespace_is_described(fresh: Launched) -> None:
     assert fresh.state_of("x = 1")["variables"]
     assert fresh.state_of("globals().clear()")["variables"] == {}

@@ -50,6 +50,7 @@ STEP = 10
 
 _IPYTHON = re.compile(r"_(\d+|_{0,2}|i{1,3}|i\d+|[iod]h|exit_code)|__\w+__")
 """Names that IPython and Python keep in the namespace themselves."""
+_traceback = BaseException.__dict__["__traceback__"].__get__
 _log: int = 2
 _said: Set[str] = set()
 _cell: "ContextVar[Optional[Cell]]" = ContextVar("sandbox_kernel_cell", default=None)
@@ -169,11 +170,13 @@ class Hook:
     def _newest(self) -> List[str]:
         """The names that the state does not have yet, as far as they are at the end of the namespace."""
         namespace, hidden, found = self.shell.user_ns, self.shell.user_ns_hidden, []
-        for name in islice(reversed(namespace), NEWEST):
+        for name in list(islice(reversed(namespace), NEWEST)):  # at once: threads add names and take them away
+            if type(name) is not str:
+                continue
             if name in self.writer.names:
                 break
-            plain = type(name) is str and name not in hidden and not _IPYTHON.fullmatch(name)
-            if plain and not is_kind(type(namespace[name]), types.ModuleType):
+            plain = name not in hidden and not _IPYTHON.fullmatch(name)
+            if plain and not is_kind(type(namespace.get(name)), types.ModuleType):
                 found.append(clean(self.describer.hide(name)[:SMALL]))
         return found
 
@@ -296,7 +299,7 @@ def _failed_at(result: Any, namespace: Dict[str, Any]) -> Optional[int]:
     error = getattr(result, "error_in_exec", None)
     if error is None:
         return None if getattr(result, "error_before_exec", None) is None else 0
-    trace = error.__traceback__
+    trace = _traceback(error)
     while trace is not None:
         if trace.tb_frame.f_globals is namespace:
             return int(trace.tb_lineno)

@@ -1,6 +1,9 @@
 """The kernel's stdout and stderr; imported when ipykernel makes them (trim ``quiet_streams``)."""
 
 import codecs
+import collections
+import contextlib
+import io
 import os
 import select
 import sys
@@ -16,6 +19,8 @@ UNSENT = 256 * 1024
 BURST, PER_SECOND = 16 * 2**20, 32 * 2**20
 """Characters that may be printed at once, and in the long run. What is printed faster than a client reads zmq queues
 without end, and cannot tell: a loop of prints would end at the container's memory limit."""
+PIPE = 1 << 20
+"""Bytes that a pipe holds at most."""
 
 _WRITE = {
     "OSError", "TypeError", "ValueError", "__stderr__", "_buffer_lock", "_buffers", "_flush", "_is_master_process",
@@ -29,26 +34,34 @@ if not _KNOWN:
 
 
 class QuietStream(OutStream):  # type: ignore[misc, unused-ignore]
-    """ipykernel's stream with six differences.
+    """ipykernel's stream with seven differences.
 
     ``flush()`` returns at once when nothing is buffered, saving two hops to the iopub thread; what a child process
     or C code wrote to the descriptor before is flushed too, so that it is this cell's and not an afterthought; and
     a lone surrogate, which no message can carry, is printed as its escape instead of losing the whole message; and
     whoever prints faster than the iopub thread sends waits for it: the buffer, and so a message, is bounded, where
-    ``while True: print(...)`` would fill the container's memory in seconds; and what a thread of a cell's own code
-    prints is that cell's, also while a later one runs; and whose a write is, is not worked out anew for each.
+    ``while True: print(...)`` would fill the container's memory in seconds, and so would a child; and what a thread of
+    a cell's own code prints is that cell's, also while a later one runs; and whose a write is, is not worked out anew
+    for each; and a forked child begins with nothing to send.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._flushing = False
         self._unsent = 0
         self._credit, self._credited = float(BURST), 0.0
-        self._pipe_lock = threading.Lock()
+        self._pipe_lock = threading.RLock()  # a signal's handler may flush while its thread does
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._newest: Any = {}
         self._threads: Dict[int, Tuple[threading.Thread, Any]] = {}
         self._whose: Tuple[Any, Any] = (None, None)
         super().__init__(*args, **kwargs)
+        os.register_at_fork(after_in_child=self._in_child)
+
+    def _in_child(self) -> None:
+        """What was not sent yet is the parent's to send; and a thread that is not here may have held the lock."""
+        if _KNOWN:
+            self._buffer_lock = threading.RLock()
+            self._buffers: Any = collections.defaultdict(io.StringIO)
 
     @property
     def _parent_header_global(self) -> Any:
@@ -71,13 +84,13 @@ class QuietStream(OutStream):  # type: ignore[misc, unused-ignore]
         if fid is not None and getattr(self, "_should_watch", False) and self._is_master_process():
             with self._pipe_lock:
                 self._take(fid)
-                rest = self._decode(b"", True)
-                if rest:
-                    super().write(rest)
+                self._add(self._decode(b"", True))
         # In this order: the iopub thread raises the flag before it empties the buffers, and lowers it when what was
         # in them is in its queue. Without the flag the cell's idle message could get there first.
         if self.echo is None and getattr(self, "_buffers", True) == {} and not self._flushing:
             return
+        if self._is_master_process():
+            self._pace()
         super().flush()
 
     def _flush(self) -> None:
@@ -107,12 +120,11 @@ class QuietStream(OutStream):  # type: ignore[misc, unused-ignore]
             written = len(string)
         self._unsent += len(string)
         if own and self._unsent > UNSENT:
-            self._pace(self._unsent)
             self.flush()
         return written
 
-    def _pace(self, size: int) -> None:
-        now = time.monotonic()
+    def _pace(self) -> None:
+        now, size, self._unsent = time.monotonic(), self._unsent, 0
         self._credit = min(BURST, self._credit + (now - self._credited) * PER_SECOND) - size
         self._credited = now
         if self._credit < 0:
@@ -120,15 +132,23 @@ class QuietStream(OutStream):  # type: ignore[misc, unused-ignore]
 
     def _take(self, fid: int) -> None:
         """What is in the pipe now; the lock is held, so that flush and the watching thread keep the order."""
-        while True:
+        left = PIPE
+        while left > 0:  # whoever writes without a pause would keep us here for ever
             try:
                 data = os.read(fid, 65536)
             except BlockingIOError:
                 return
             if not data:
                 return
-            super().write(self._decode(data))
-            os.write(self._original_stdstream_copy, data)
+            left -= len(data)
+            self._add(self._decode(data))
+            with contextlib.suppress(OSError):  # the container's log may be full or gone; a cell's output is not
+                os.write(self._original_stdstream_copy, data)
+
+    def _add(self, text: str) -> None:
+        if text:
+            super().write(text)
+            self._unsent += len(text)
 
     def _watch_pipe_fd(self) -> None:
         fid = self._fid
@@ -140,6 +160,8 @@ class QuietStream(OutStream):  # type: ignore[misc, unused-ignore]
                 select.select([fid], [], [])
                 with self._pipe_lock:
                     self._take(fid)
+                if self._unsent > UNSENT:
+                    self.flush()
         except Exception:
             self._exc = sys.exc_info()
 
