@@ -171,13 +171,16 @@ class Below:
         return os.stat(name, dir_fd=parent, follow_symlinks=False)
 
     def remove(self, path: str, identity: tuple[int, ...]) -> bool:
-        """Unlink ``path`` if it is still the file of that :func:`file_identity`; whether it was."""
+        """Unlink ``path`` if it is still the file of that :func:`file_identity`, and can be; whether it was.
+
+        A folder may have been put in its place, and where the kernel has the host's uid it can make folders read-only.
+        """
         try:
             parent, name = self.parent(path)
             if file_identity(os.stat(name, dir_fd=parent, follow_symlinks=False)) != identity:
                 return False
             os.unlink(name, dir_fd=parent)
-        except (FileNotFoundError, UntrustedPath):
+        except (OSError, UntrustedPath):
             return False
         return True
 

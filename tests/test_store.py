@@ -9,15 +9,18 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -51,7 +54,7 @@ class Bench:
         target = self.folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
-        if ROOT:
+        if os.geteuid() == 0:
             os.chown(target, KERNEL, KERNEL)
         return target
 
@@ -229,6 +232,106 @@ def test_a_file_that_grows_while_it_is_read_is_not_taken_yet(bench: Bench) -> No
     (made,) = bench.ingest().created
     assert hashlib.sha256(bench.store.read(made.id)).hexdigest() == made.sha256
     assert set(bench.store.read(made.id)) == set(b"xy")
+
+
+@pytest.mark.skipif(not ROOT, reason="only root adopts")
+@pytest.mark.parametrize(("written", "at"), [(b"more", 2**21), (b"other", 0)])
+def test_a_writer_that_closes_while_its_file_is_adopted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, written: bytes, at: int
+) -> None:
+    """It opens the file when the host has seen nobody write, and is gone when the host asks again."""
+    data = bytearray(b"x" * 2**21)
+    path = bench.write("big", data)
+    writers: list[BinaryIO] = []
+
+    def asked(fd: int) -> bool | None:
+        if writers and not writers[0].closed:
+            with writers[0] as writer:
+                writer.seek(at)
+                writer.write(written)
+        answer = open_for_writing(fd)
+        if not writers:
+            writers.append(path.open("r+b", buffering=0))
+        return answer
+
+    monkeypatch.setattr("sandbox_kernel.artifacts.intake.open_for_writing", asked)
+    bench.ingest()
+    bench.ingest()
+    (made,) = bench.store.list()
+    data[at : at + len(written)] = written
+    assert bench.store.read(made.id) == data
+    assert bench.store.check() == []
+    assert os.listdir(bench.folder) == []
+
+
+@pytest.mark.skipif(not ROOT, reason="only root adopts")
+def test_a_file_that_was_adopted_when_no_descriptor_is_left_is_its_kernels_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.store.max_artifact_bytes = 2**40
+    path = bench.write("big", b"x" * 10 * 2**20)
+    limits, taken = resource.getrlimit(resource.RLIMIT_NOFILE), []
+
+    def asked(fd: int) -> bool | None:
+        taken.append(fd)
+        if len(taken) == 2:  # it is the host's now, and to be hashed beside others
+            with open(os.devnull) as highest:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (highest.fileno(), limits[1]))
+        return open_for_writing(fd)
+
+    monkeypatch.setattr("sandbox_kernel.artifacts.intake.open_for_writing", asked)
+    try:
+        (refusal,) = bench.ingest().refused
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert os.strerror(errno.EMFILE).lower() in refusal.reason
+    status = path.stat()
+    assert (status.st_uid, status.st_nlink, stat.S_IMODE(status.st_mode)) == (KERNEL, 1, 0o644)
+    assert [artifact.path for artifact in bench.ingest().created] == ["big"]
+
+
+@pytest.mark.skipif(not ROOT, reason="only root adopts")
+def test_an_adopted_file_whose_blob_a_repair_has_set_aside_is_taken_all_the_same(bench: Bench) -> None:
+    bench.write("big", b"x" * 2**21)
+    (found,) = (item for item in scan_untrusted(bench.fd) if isinstance(item, Found))
+    taken = take(bench.store.blobs, Below(bench.fd), found, ended=True)
+    assert isinstance(taken, Taken)
+    bench.store.blobs.place([(taken.temporary, taken.sha256)])  # and its row could not be committed
+    (bench.store_root / "set-aside").mkdir()
+    blob = bench.store.blobs.path(taken.sha256)
+    blob.rename(bench.store_root / "set-aside" / blob.name)
+    (made,) = bench.ingest().created
+    assert bench.store.read(made.id) == b"x" * 2**21
+    assert os.listdir(bench.folder) == []
+
+
+def _in_a_read_only_folder(root: Path) -> None:
+    if ROOT:
+        os.setresgid(KERNEL, KERNEL, KERNEL)
+        os.setresuid(KERNEL, KERNEL, KERNEL)
+    bench = Bench(root)
+    for number in range(120):
+        bench.write(f"shut/{number}", b"%d" % number)
+        bench.write(f"{number}", b"%d" % number)
+    (bench.folder / "shut").chmod(0o500)
+    result = bench.ingest()
+    assert len(result.created) == 240
+    assert len(result.waiting) == 120
+    assert os.listdir(bench.folder) == ["shut"]
+    assert bench.ingest().created == []
+    (bench.folder / "shut").chmod(0o700)
+    bench.ingest()
+    assert os.listdir(bench.folder / "shut") == []
+    assert len(bench.store.list()) == 240
+
+
+def test_files_that_cannot_be_removed_keep_no_other_from_being_taken() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chown(folder, KERNEL, KERNEL)
+        child = multiprocessing.get_context("fork").Process(target=_in_a_read_only_folder, args=(Path(folder),))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
 
 
 def test_a_disk_that_is_full_between_batches_loses_nothing(tmp_path: Path) -> None:

@@ -253,14 +253,10 @@ def _clear(folder: Path) -> None:
 def _drop(name: str, dir_fd: int) -> None:
     """Unlink a file of ``tmp/``; a hard link to a kernel's file gives that file back to its owner first."""
     match = _LINK.fullmatch(name)
-    if match is not None:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-        try:
-            if os.fstat(fd).st_uid == 0 == os.geteuid():
-                os.fchown(fd, int(match[1]), int(match[2]))
-                os.fchmod(fd, int(match[3], 8))
-        finally:
-            os.close(fd)
+    if match is not None and os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_uid == 0 == os.geteuid():
+        # By name, which nobody else can reach: when no descriptor is left the file must not stay root's either.
+        os.chown(name, int(match[1]), int(match[2]), dir_fd=dir_fd)
+        os.chmod(name, int(match[3], 8), dir_fd=dir_fd)
     os.unlink(name, dir_fd=dir_fd)
 
 

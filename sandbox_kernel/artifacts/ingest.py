@@ -35,7 +35,7 @@ class Ingested:
     refused: list[Refusal] = field(default_factory=list)
     """They stay where they are."""
     waiting: list[str] = field(default_factory=list)
-    """Paths that are still open, or changing."""
+    """Paths that are still open, or changing; or are recorded and could not be removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +241,8 @@ class Ingest:
             self._on_committed(result.created)
         if self._ended:
             for path, identity in (*batch.known, *((taken.path, taken.identity) for taken in batch.fresh)):
-                self._below.remove(path, identity)
+                if not self._below.remove(path, identity):
+                    result.waiting.append(path)
         return result
 
 

@@ -138,8 +138,8 @@ def take(
     try:
         if file_identity(status) != identity:
             return None  # changed since it was found, by somebody who runs on: it is seen again when it is closed
-        if adopted(status):
-            return _finish(blobs, fd, found.path, status)
+        if adopted(status) and (taken := _finish(blobs, fd, found.path, status)) is not None:
+            return taken
         writing = open_for_writing(fd)
         if writing and not force:
             return None
@@ -175,9 +175,10 @@ def _adopt(blobs: BlobFolder, fd: int, path: str, status: os.stat_result, thread
     try:
         os.fchown(fd, 0, 0)
         os.fchmod(fd, 0o400)
-        now = os.fstat(fd)
-        same = (now.st_size, now.st_mtime_ns, now.st_nlink) == (status.st_size, status.st_mtime_ns, 2)
-        if not same or open_for_writing(fd) is not False:
+        if open_for_writing(fd) is not False:
+            return None
+        now = os.fstat(fd)  # only now: who had it open until a moment ago may have written to it
+        if (now.st_size, now.st_mtime_ns, now.st_nlink) != (status.st_size, status.st_mtime_ns, 2):
             return None
         if threads is not None and status.st_size >= BIG:
             hashing = threads.submit(_hash_and_close, os.dup(fd), status.st_size)

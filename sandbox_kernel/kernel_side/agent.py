@@ -131,7 +131,10 @@ class Agent:
         removed = []
         for path, full, identity in found:
             if identity not in writing:
-                os.unlink(full)
+                try:
+                    os.unlink(full)
+                except OSError:
+                    continue  # it is in a folder that was made read-only, say: the others can go
                 removed.append(path)
         say(json.dumps(removed).encode())
 
