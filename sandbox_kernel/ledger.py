@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from sandbox_kernel.announcements import Announcements
 from sandbox_kernel.artifacts.store import ArtifactStore
-from sandbox_kernel.errors import ArtifactError, RecordError, SandboxError, SessionClosed
+from sandbox_kernel.errors import RecordError, SandboxError, SessionClosed
 from sandbox_kernel.events import Artifact, ArtifactCreated, ExecutionResult, timestamp
 from sandbox_kernel.feed import OWN_ORIGIN, Cell
 from sandbox_kernel.late import LateOutput
@@ -38,6 +38,7 @@ class Watch(Protocol):
     """What sees the artifacts of a session: ``artifacts.observer.Observer`` or ``artifacts.remote.RemoteSpool``."""
 
     def cell_started(self, msg_id: str, execution_count: int | None) -> None: ...
+    def cell_ended(self, msg_id: str) -> None: ...
     def settled(self, msg_id: str) -> list[Artifact] | None: ...
     async def cell_finished(self, msg_id: str) -> list[Artifact]: ...
     async def drain(self) -> list[Artifact]: ...
@@ -140,6 +141,8 @@ class Ledger:
             except Exception as exc:
                 result = exc
         if result is None:
+            if self.watch is not None:
+                self.watch.cell_ended(cell.msg_id)
             self._queue.put_nowait(cell)
         else:
             self._tell(cell, result)
@@ -190,12 +193,7 @@ class Ledger:
     async def _close(self, cell: Cell) -> ExecutionResult:
         self._announcements.hold()
         try:
-            artifacts: list[Artifact] = []
-            if self.watch is not None:
-                try:
-                    artifacts = await self.watch.cell_finished(cell.msg_id)
-                except ArtifactError as exc:  # they stay where they are
-                    self.append("artifact_refused", path=".", reason=str(exc))
+            artifacts = [] if self.watch is None else await self.watch.cell_finished(cell.msg_id)
             lost: list[str] = []
             spooled = await self._payloads.store_spools(cell, lost) if cell.collector.truncated else []
             outputs = cell.collector.outputs()

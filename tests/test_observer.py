@@ -7,7 +7,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
+from sandbox_kernel.artifacts.catalog import Latest
 from sandbox_kernel.artifacts.observer import Observer
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.directory import SessionDirectory
+from sandbox_kernel.errors import ArtifactError
 from sandbox_kernel.events import Artifact
 from sandbox_kernel.untrusted import Found, Refusal, scan_untrusted
 
@@ -312,6 +314,77 @@ async def test_a_cell_that_begins_while_the_last_is_closed_keeps_its_files(
     assert [artifact.path for artifact in await closing] == ["of-1"]
     assert bench.files() == ["of-2"]
     assert [artifact.path for artifact in await bench.observer.cell_finished("m2")] == ["of-2"]
+
+
+async def ran(bench: Bench, number: int) -> None:
+    """A cell that writes a file and ends; its books are not closed yet."""
+    bench.observer.cell_started(f"m{number}", number)
+    written = bench.write(f"of-{number}", str(number))
+    await bench.until(lambda: time.time() > written.stat().st_ctime + 0.3)  # more than the host's lateness
+    bench.observer.cell_ended(f"m{number}")
+
+
+async def test_cells_that_wait_for_their_books_to_be_closed_keep_their_files(bench: Bench) -> None:
+    for number in (1, 2, 3, 4):
+        await ran(bench, number)
+    for number in (1, 2, 3, 4):
+        made = await bench.observer.cell_finished(f"m{number}")
+        assert [(artifact.path, artifact.execution_count) for artifact in made] == [(f"of-{number}", number)]
+    assert not bench.files()
+
+
+async def test_what_a_waiting_cell_wrote_is_not_taken_as_the_running_ones(bench: Bench) -> None:
+    await ran(bench, 1)
+    bench.observer.cell_started("m2", 2)
+    bench.write("a", "1")  # as late as the host may be told
+    bench.observer.cell_ended("m2")
+    bench.observer.cell_started("m3", 3)
+    await asyncio.sleep(0.05)
+    bench.write("b", "3")
+    await bench.until(lambda: bench.created)  # early
+    assert {artifact.path: artifact.execution_count for artifact in bench.created} == {"b": 3}
+    for number in (1, 2, 3):
+        await bench.observer.cell_finished(f"m{number}")
+    assert {artifact.path: artifact.execution_count for artifact in bench.created} == {"of-1": 1, "a": 2, "b": 3}
+
+
+async def test_a_clock_that_is_set_back_takes_no_file_from_a_running_cell(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time
+    monkeypatch.setattr("sandbox_kernel.artifacts.turns.time.time", lambda: now() + 3600)
+    bench.observer.cell_started("m1", 1)
+    monkeypatch.setattr("sandbox_kernel.artifacts.turns.time.time", now)
+    bench.observer.cell_started("m2", 2)
+    bench.write("of-2", "2")
+    await bench.observer.cell_finished("m1")
+    assert bench.files() == ["of-2"]
+    assert [artifact.path for artifact in await bench.observer.cell_finished("m2")] == ["of-2"]
+
+
+async def test_a_sweep_that_fails_half_way_tells_what_it_has_made(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sandbox_kernel.artifacts.sweep._BATCH_FILES", 10)
+    asked, latest = [], bench.store.catalog.latest
+
+    def failing(session_id: str, paths: Sequence[str]) -> dict[str, Latest]:
+        asked.append(paths)
+        if len(asked) == 4:
+            raise ArtifactError("the artifact catalog cannot be read")
+        return latest(session_id, paths)
+
+    monkeypatch.setattr(bench.store.catalog, "latest", failing)
+    bench.observer.cell_started("m1", 1)
+    for number in range(50):
+        bench.write(str(number), str(number))
+    made = await bench.observer.cell_finished("m1")
+    assert made == bench.created
+    assert len(made) == 10
+    assert [(refusal.path, "cannot be read" in refusal.reason) for refusal in bench.refused] == [(".", True)]
+    bench.observer.cell_started("m2", 2)
+    assert len(await bench.observer.cell_finished("m2")) == 40
+    assert not bench.files()
 
 
 async def test_what_lies_there_before_is_ingested(tmp_path: Path, store: ArtifactStore) -> None:

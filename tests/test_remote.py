@@ -126,6 +126,42 @@ async def test_not_removed_while_the_next_cell_already_runs(place: Place) -> Non
         assert not path.exists()
 
 
+async def test_cells_that_wait_for_their_books_to_be_closed_keep_their_files(place: Place) -> None:
+    async with place.spool() as spool:
+        for number in (1, 2, 3):
+            spool.cell_started(f"m{number}", number)
+            await asyncio.sleep(0.02)  # file times are a few milliseconds coarse
+            (place.artifacts / f"of-{number}").write_text(str(number))
+            await asyncio.sleep(0.02)
+            spool.cell_ended(f"m{number}")
+        spool.cell_started("m4", 4)
+        await asyncio.sleep(0.02)
+        (place.artifacts / "of-4").write_text("4")
+        await until(lambda: place.created)  # early
+        assert {artifact.path: artifact.execution_count for artifact in place.created} == {"of-4": 4}
+        for number in (1, 2, 3, 4):
+            made = await spool.cell_finished(f"m{number}")
+            assert [(artifact.path, artifact.execution_count) for artifact in made] == [(f"of-{number}", number)]
+        assert not any(place.artifacts.iterdir())
+
+
+async def test_a_file_that_cannot_be_removed_keeps_no_other_in_the_container(place: Place) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    for number in range(3):
+        (place.artifacts / f"{number}").write_text(str(number))
+    stuck = place.artifacts / "1"
+    subprocess.run(["mount", "--bind", stuck, stuck], check=True)
+    try:
+        async with place.spool() as spool:
+            spool.cell_started("m1", 1)
+            assert len(await spool.cell_finished("m1")) == 3
+            assert os.listdir(place.artifacts) == ["1"]
+            assert place.refused == []
+    finally:
+        subprocess.run(["umount", stuck], check=True)
+
+
 async def test_an_open_file_is_left_to_its_writer(place: Place) -> None:
     async with place.spool() as spool:
         spool.cell_started("m1", 1)

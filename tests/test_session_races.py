@@ -15,7 +15,7 @@ import pytest
 from attacked import attacked, events, folder, until, usable
 from jupyter_client.asynchronous.client import AsyncKernelClient
 
-from sandbox_kernel import SessionManager, Settings
+from sandbox_kernel import SessionManager, SessionStorage, Settings
 from sandbox_kernel.errors import EngineUnavailable, RecordFull, SandboxError, SessionClosed
 from sandbox_kernel.provisioning.container import root_hash
 from sandbox_kernel.session import Session
@@ -175,6 +175,24 @@ async def test_a_cell_that_was_swept_away_and_not_sent_again_has_its_line(tmp_pa
         assert line["status"] == "aborted"
         assert (folder(session) / ".pending").read_bytes() == b""
     assert events(session)[-1]["event"] == "session_stopped"
+
+
+@pytest.mark.parametrize("storage", list(SessionStorage))
+async def test_cells_sent_all_at_once_have_each_their_own_artifacts(tmp_path: Path, storage: SessionStorage) -> None:
+    """As JupyterLab's Run All: the kernel is done with several before the books of the first are closed."""
+    async with attacked(tmp_path, session_storage=storage) as session:
+        client = AsyncKernelClient()
+        client.load_connection_file(str(session.connection_file))
+        client.start_channels()
+        try:
+            await client.wait_for_ready(timeout=20)
+            with just_before("blobs_placed", lambda: time.sleep(0.6)):  # the disk is slow
+                code = "import time; time.sleep(0.1); open('artifacts/{0}', 'w').write('{0}'); time.sleep(0.3)"
+                sent = {client.execute(code.format(number)): str(number) for number in range(6)}
+                made = await until(lambda: len(session.store.list("victim")) == 6 and session.store.list("victim"), 30)
+        finally:
+            client.stop_channels()
+        assert {artifact.msg_id: artifact.path for artifact in made} == sent
 
 
 # --- the manager ------------------------------------------------------------------------------

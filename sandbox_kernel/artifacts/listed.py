@@ -13,6 +13,8 @@ from sandbox_kernel.untrusted import Refusal
 QUIET_S = 1.0
 """While its cell runs a file is taken once it was closed and unchanged for QUIET_S, and for twice as long per further
 version: not each line of a log is one."""
+TICK_NS = 10_000_000
+"""A new file's time is that of the Linux kernel's last tick: it may seem so much older than it is."""
 
 
 @dataclass(slots=True)
@@ -39,7 +41,7 @@ class Listed:
         self._known: dict[str, Known] = {}
         # Files older than this object, at the first look: a host that died may have stored and not removed them.
         self._inherited: dict[str, tuple[int, int, int]] | None = None
-        self._began_ns = time.time_ns()
+        self._began_ns = time.time_ns() - TICK_NS
 
     def note(self, listing: Listing) -> None:
         """There is a new one: what is gone or has another content now is unknown again."""
@@ -72,9 +74,11 @@ class Listed:
             return False
         return ended or time.monotonic() - known.since >= books.quiet(file.path, QUIET_S)
 
-    def leave(self, cell: Cell, before_ns: float) -> int:
-        """A sweep was broken off: what it did not reach, and was written before, stays ``cell``'s. How much that is."""
-        left = [known for file in self.files if file.mtime_ns < before_ns and not (known := self.known(file)).settled]
+    def leave(self, cell: Cell, since: float, before: float) -> int:
+        """A sweep was broken off: what it did not reach, and was written between these times (Unix ns), stays
+        ``cell``'s. How much that is."""
+        written = [self.known(file) for file in self.files if since <= file.mtime_ns < before]
+        left = [known for known in written if not known.settled]
         for known in left:
             known.left_by = known.left_by or cell
         return len(left)

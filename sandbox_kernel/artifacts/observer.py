@@ -9,7 +9,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from sandbox_kernel.artifacts.dirty import QUIET_S, DirtyFiles
@@ -18,7 +19,7 @@ from sandbox_kernel.artifacts.ingest import Ingest
 from sandbox_kernel.artifacts.intake import never
 from sandbox_kernel.artifacts.store import ArtifactStore
 from sandbox_kernel.artifacts.sweep import SWEEP_S, SweepBooks, Waiting, batches
-from sandbox_kernel.artifacts.turns import Turn, Turns
+from sandbox_kernel.artifacts.turns import NEXT_CELL_S, Turn, Turns
 from sandbox_kernel.artifacts.watch import FolderWatch
 from sandbox_kernel.directory import SessionDirectory
 from sandbox_kernel.errors import ArtifactError, UntrustedPath
@@ -107,6 +108,10 @@ class Observer:
         fresh = self._turns.begin(msg_id, execution_count)
         self._books.cell_started(msg_id, fresh=fresh)
 
+    def cell_ended(self, msg_id: str) -> None:
+        """It will be :meth:`cell_finished` in its turn, others before it: until then what it wrote is nobody else's."""
+        self._turns.wait(msg_id)
+
     def settled(self, msg_id: str) -> list[Artifact] | None:
         """As :meth:`cell_finished` where nothing lies in ``artifacts/``; else None, and the cell has not ended yet."""
         if self._lock.locked() or self._look or not self._empty():
@@ -118,11 +123,14 @@ class Observer:
     async def cell_finished(self, msg_id: str) -> list[Artifact]:
         """All artifacts the cell made, complete for the files closed by now; they are gone from ``artifacts/``.
 
-        When the next cell runs already, what it may have touched is left to it. Raises ArtifactError.
+        When the next cell runs already, what it may have touched is left to it.
         """
         made = self.settled(msg_id)
         if made is None:
-            await self._sweep(self._turns.end(msg_id))
+            try:
+                await self._sweep(self._turns.end(msg_id))
+            except ArtifactError as exc:  # what it had not come to stays where it is
+                self._on_refused([Refusal(".", str(exc))])
             made = self._books.cell_finished(msg_id)
         return made
 
@@ -130,7 +138,7 @@ class Observer:
         """The kernel is gone: take everything, also what it left open. Raises ArtifactError."""
         self._turns.running = False
         made: list[Artifact] = []
-        for turn in dict.fromkeys((*self._turns.left, self._turns.last)):
+        for turn in dict.fromkeys((*self._turns.ended, self._turns.last)):
             made += await self._sweep(turn, force=True)
             while turn in self._turns.left:  # there was more than one scan looks at
                 made += await self._sweep(turn, force=True)
@@ -223,7 +231,7 @@ class Observer:
                 if reason is not None:
                     if reason != "a folder":
                         refused.append(Refusal(printable(path), reason, status.st_size, file_identity(status)))
-                elif not self._turns.of_an_earlier(turn, status.st_ctime):
+                elif not self._turns.of_an_earlier(turn, status.st_ctime - NEXT_CELL_S):  # in doubt it is left
                     found.append(Found(os.fsdecode(path), status))
         for batch in batches(found):
             if self._sweeps:
@@ -268,7 +276,7 @@ class Observer:
         deadline = time.monotonic() + SWEEP_S
         whole, seen, stuck = True, 0, 0
 
-        def files(ended: bool) -> Iterator[Found]:
+        def files(ended: bool) -> Generator[Found, None, None]:
             """``ended``: those that only an ended cell can have written; else those that may be the next one's, too."""
             nonlocal seen
             for item in scan_untrusted(self._fd, on_folder=self._watch.add):
@@ -290,9 +298,11 @@ class Observer:
         for ended in (True, False):
             if not whole or (not ended and self._turns.following(turn) is None):
                 break
-            for result in self._ingest(turn, ended=ended, force=force, made=made).batches(in_time(files(ended))):
-                refused += result.refused[: MAX_REFUSALS - len(refused)]
-                stuck += len(result.waiting) + len(result.refused)
+            # Closed at once whatever happens: who looks into the folder next does it from where this scan stands.
+            with closing(files(ended)) as found:
+                for result in self._ingest(turn, ended=ended, force=force, made=made).batches(in_time(found)):
+                    refused += result.refused[: MAX_REFUSALS - len(refused)]
+                    stuck += len(result.waiting) + len(result.refused)
         unseen = [refusal for refusal in refused if refusal.reason.endswith(UNSEEN)]
         if unseen and (seen > stuck or self._turns.of_an_earlier(turn, 0.0)):
             refused.remove(unseen[0])  # there is, or will be, room to see it

@@ -74,7 +74,10 @@ class RemoteSpool:
         self._tag: str | None = None
         self._running: dict[str, int | None] = {}
         self._last: Cell = (None, None)
-        self._last_began_ns = 0
+        self._began: dict[str, int] = {}
+        """When those began (Unix ns) that are not swept yet, in their order."""
+        self._waiting: set[str] = set()
+        """Those of them that have ended."""
         self._launched = False
         self._broken_off = False
         """The last sweep took too long, or gave way to one that somebody waits for."""
@@ -109,11 +112,16 @@ class RemoteSpool:
         fresh = msg_id not in self._running
         self._books.cell_started(msg_id, fresh=fresh)
         if fresh:
-            self._last_began_ns = time.time_ns()
+            self._began[msg_id] = time.time_ns()
         self._running[msg_id] = execution_count
         self._last = (msg_id, execution_count)
         self._ended.clear()
         self._wake.set()
+
+    def cell_ended(self, msg_id: str) -> None:
+        """It will be :meth:`cell_finished` in its turn, others before it: until then what it wrote is nobody else's."""
+        if msg_id in self._began:
+            self._waiting.add(msg_id)
 
     def settled(self, msg_id: str) -> list[Artifact] | None:
         """None: what lies in the container only a question to it can tell."""
@@ -124,7 +132,13 @@ class RemoteSpool:
         if not self._running:
             self._ended.set()
         self._books.cell_started(msg_id, fresh=False)  # where nobody has heard that it began
-        await self._sweep((msg_id, count), ended=True)
+        try:
+            await self._sweep((msg_id, count), ended=True)
+        except ArtifactError as exc:  # what it had not come to stays where it is
+            self._on_refused([Refusal(".", str(exc))])
+        finally:
+            self._began.pop(msg_id, None)
+            self._waiting.discard(msg_id)
         self._wake.set()  # the poller goes on while something is held open
         return self._books.cell_finished(msg_id)
 
@@ -204,7 +218,7 @@ class RemoteSpool:
         except TimeoutError:
             self._tag, self._broken_off = None, True
             if ended:
-                left = self._listed.leave(cell, math.inf if cell[0] == self._last[0] else self._last_began_ns)
+                left = self._listed.leave(cell, *self._share(cell, force))
                 if force and left:
                     refused.append(Refusal(".", f"{left} files could not be fetched within {LAST_SWEEP_S:.0f} s"))
         finally:
@@ -216,17 +230,30 @@ class RemoteSpool:
             self._on_refused(news)
         return created
 
+    def _share(self, cell: Cell, force: bool) -> tuple[float, float]:
+        """From which mtime on (Unix ns), and before which, files are this cell's: others may wait for their sweep, or
+        have begun since."""
+        began = self._began.get(cell[0] or "", 0)
+        others = [(other, at) for other, at in self._began.items() if other != cell[0]]
+        earlier = any(at < began and other in self._waiting for other, at in others)
+        following = min((at for _, at in others if at > began and not force), default=math.inf)
+        return (began if earlier and not force else -math.inf), following
+
     async def _look(self, cell: Cell, created: list[Artifact], *, ended: bool, force: bool, behind: bool) -> None:
         await self._list()
         together: list[tuple[RemoteFileInfo, Cell, bytes]] = []
+        since, before = self._share(cell, force)
         for number, file in enumerate(self._listed.files):
             if number % 1000 == 0:
                 await asyncio.sleep(0)  # of very many: others have their turn
             if behind and self._awaited:
                 break
             left_by = self._listed.known(file).left_by
-            if left_by is not None and not (behind or force):
-                continue  # the next cell does not wait for it
+            if left_by is not None:
+                if not (behind or force):
+                    continue  # the next cell does not wait for it
+            elif not since <= file.mtime_ns < before:
+                continue  # another's sweep takes it
             if not self._listed.is_due(file, self._books, ended=ended, force=force) or self._is_too_big(file):
                 continue
             if file.size > SMALL or self._listed.is_inherited(file):

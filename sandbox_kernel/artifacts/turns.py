@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NEXT_CELL_S = 0.25
 """How late the host may learn that the next cell has started."""
@@ -19,6 +19,8 @@ class Turn:
     execution_count: int | None = None
     started: float = 0.0
     """Unix time at which the host heard of it."""
+    number: int = 0
+    """Its place among the cells: the clock may be set back. 0: nobody heard that it began."""
 
 
 class Turns:
@@ -29,7 +31,7 @@ class Turns:
         self.running = False
         """Whether the last one still runs."""
         self._begun: dict[str, Turn] = {}
-        self._ended: tuple[Turn, ...] = ()
+        self.ended: tuple[Turn, ...] = ()
         """They wait for their sweep, or it took so long that it was broken off."""
         self.left: tuple[Turn, ...] = ()
         """Those of the latter sort: nobody waits for them."""
@@ -37,13 +39,24 @@ class Turns:
     def begin(self, msg_id: str, execution_count: int | None) -> bool:
         """False: it was known to run; its count has become known."""
         same = msg_id == self.last.msg_id and self.running
-        self.last = self._begun[msg_id] = Turn(msg_id, execution_count, self.last.started if same else time.time())
+        if same:
+            self.last = replace(self.last, execution_count=execution_count)
+        else:
+            self.last = Turn(msg_id, execution_count, time.time(), self.last.number + 1)
+        self._begun[msg_id] = self.last
         self.running = True
         return not same
 
+    def wait(self, msg_id: str) -> None:
+        """The cell has ended, and its sweep is still to come: what it wrote is left to that."""
+        if msg_id in self._begun:
+            self.ended += (self.end(msg_id),)
+
     def end(self, msg_id: str) -> Turn:
         """The cell has ended."""
-        turn = self._begun.pop(msg_id, None) or Turn(msg_id)
+        turn = self._begun.pop(msg_id, None)
+        if turn is None:
+            return next((other for other in self.ended if other.msg_id == msg_id), None) or Turn(msg_id)
         if turn is self.last:
             self.running = False
         return turn
@@ -52,25 +65,26 @@ class Turns:
     def swept(self, turn: Turn) -> Iterator[list[bool]]:
         """From the wait for its sweep on until that is over; a False put into the list: it was broken off."""
         whole: list[bool] = []
-        self._ended = (*(other for other in self._ended if other is not turn), turn)
+        if turn not in self.ended:
+            self.ended += (turn,)
         try:
             yield whole
         finally:
             self.left = tuple(other for other in self.left if other is not turn)
             if all(whole):
-                self._ended = tuple(other for other in self._ended if other is not turn)
+                self.ended = tuple(other for other in self.ended if other is not turn)
             else:
                 self.left += (turn,)
 
     def following(self, turn: Turn) -> Turn | None:
         """The cell that came after it, where it runs or is not swept yet; it may begin while a sweep is under way."""
-        after = (other for other in (*self._ended, self.last) if other.started > turn.started)
-        return min(after, key=lambda other: other.started, default=None)
+        after = (other for other in (*self.ended, self.last) if other.number > turn.number)
+        return min(after, key=lambda other: other.number, default=None)
 
     def of_an_earlier(self, turn: Turn, changed: float) -> bool:
         """Whether a file of this ctime was there before the cell, and an earlier one's sweep is still to take it."""
         early = changed < turn.started - NEXT_CELL_S
-        return early and any(other.started < turn.started for other in self._ended)
+        return early and any(other.number < turn.number for other in self.ended)
 
     def share(self, turn: Turn, changed: float) -> bool | None:
         """Whether a file of this ctime can only be of the ended cell ``turn``; None: it is another's.
