@@ -411,6 +411,20 @@ async def test_an_empty_sweep_costs_nothing_and_leaves_nothing(tmp_path: Path, s
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
+async def test_a_folder_that_was_big_once_is_not_looked_through_on_the_event_loop(bench: Bench) -> None:
+    first = bench.write("0" * 250, "")
+    names = [bench.folder / f"{number:0250}" for number in range(1, 6000)]
+    for name in names:
+        os.link(first, name)
+    for name in (first, *names):
+        name.unlink()
+    if bench.folder.stat().st_size < 2**20:
+        pytest.skip("folders of this file system shrink")
+    bench.observer.cell_started("m1", 1)
+    assert bench.observer.settled("m1") is None
+    assert await bench.observer.cell_finished("m1") == []
+
+
 async def test_sessions_share_one_thread(tmp_path: Path, store: ArtifactStore) -> None:
     before = threading.active_count()
     async with session(tmp_path, store, "a") as a, session(tmp_path, store, "b") as b:

@@ -364,6 +364,39 @@ def test_a_disk_that_is_full_between_batches_loses_nothing(tmp_path: Path) -> No
         subprocess.run(["umount", "-l", small], check=True)
 
 
+def test_what_one_session_loses_is_not_told_to_another_only(tmp_path: Path) -> None:
+    """The disk below the store's file system fails while two sessions write: both hear of it, whoever syncs first."""
+    if not ROOT:
+        pytest.skip("mounting needs root")
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", small], check=True)
+    try:
+        (small / "disk").mkdir()
+        with (small / "image").open("wb") as file:
+            file.truncate(64 * 2**20)
+        subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", small / "image"], check=True)
+        subprocess.run(["mount", "-o", "loop", small / "image", small / "disk"], check=True)
+        try:
+            blobs = BlobFolder(small / "disk" / "store")
+            with blobs.writing() as one, blobs.writing() as other:
+                names: dict[int, list[str]] = {one: [], other: []}
+                for since in (one, other):
+                    for _ in range(12):
+                        name, fd = blobs.create()
+                        os.write(fd, os.urandom(400_000))
+                        os.close(fd)
+                        names[since].append(name)
+                for since in (one, other):
+                    with pytest.raises(OSError, match=r"No space left on device|Input/output error"):
+                        blobs.sync(names[since], (), 0, since)
+            blobs.close()
+        finally:
+            subprocess.run(["umount", "-l", small / "disk"], check=True)
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+
+
 def test_a_full_disk_refuses_and_nothing_is_lost(tmp_path: Path) -> None:
     if not ROOT:
         pytest.skip("mounting needs root")

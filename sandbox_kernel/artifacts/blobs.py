@@ -144,12 +144,28 @@ class BlobFolder:
         """Take a file out of ``tmp/`` again."""
         _drop(name, self.tmp_fd)
 
-    def place(self, files: Sequence[Named]) -> None:
-        """Sync ``files`` and give them their names, which are synced too. Raises OSError."""
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[int]:
+        """What :meth:`sync` is to be given, from before the bytes are written. Raises OSError.
+
+        Linux tells each descriptor once that something was lost since it was opened. If all used one, who syncs first
+        would hear of another's loss, and that one never.
+        """
+        fd = os.open(".", FOLDER, dir_fd=self.tmp_fd)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def place(self, files: Sequence[Named], since: int | None = None) -> None:
+        """Sync ``files`` and give them their names, which are synced too. Raises OSError.
+
+        ``since``: see :meth:`writing`; where there are but a few each is synced by itself.
+        """
         fresh = self.fresh(files)
-        self.sync(fresh, (), len(files) - len(fresh))
+        self.sync(fresh, (), len(files) - len(fresh), since)
         self.name(files, fresh)
-        self.sync((), files, len(files) - len(fresh))
+        self.sync((), files, len(files) - len(fresh), since)
 
     def fresh(self, files: Iterable[Named]) -> set[str]:
         """The names in ``tmp/`` of those whose bytes are no blob yet; of equal ones the first."""
@@ -182,15 +198,16 @@ class BlobFolder:
             # Should another process have placed the same bytes meanwhile: one takes the other's place.
             os.rename(name, self._name(sha256), src_dir_fd=self.tmp_fd)
 
-    def sync(self, names: Collection[str], named: Iterable[Named], spare: int) -> None:
+    def sync(self, names: Collection[str], named: Iterable[Named], spare: int, since: int | None) -> None:
         """Have on the disk the bytes of ``names`` in ``tmp/``, and the names that ``named`` have as blobs.
 
-        ``spare``: how many more files there are, with bytes that are blobs already. Raises OSError.
+        ``spare``: how many more files there are, with bytes that are blobs already. ``since``: see :meth:`writing`.
+        Raises OSError.
         """
         # Those that were spare too: another process may have placed their bytes, and not yet synced the name.
         folders = {sha256[:2] for _, sha256 in named}
-        if len(names) + len(folders) > max(_SYNC_EACH, spare // 4):
-            if _libc.syncfs(self.tmp_fd) != 0:
+        if since is not None and len(names) + len(folders) > max(_SYNC_EACH, spare // 4):
+            if _libc.syncfs(since) != 0:
                 number = ctypes.get_errno()
                 raise OSError(number, os.strerror(number))
             return
@@ -203,13 +220,14 @@ class BlobFolder:
         """Have these bytes as blobs, by their SHA-256. Raises OSError."""
         made: list[tuple[str, str]] = []
         try:
-            for sha256, data in blobs.items():
-                if not self.exists(sha256):
-                    name, fd = self.create()
-                    made.append((name, sha256))
-                    with os.fdopen(fd, "wb") as file:
-                        file.write(data)
-            self.place(made)
+            with self.writing() as since:
+                for sha256, data in blobs.items():
+                    if not self.exists(sha256):
+                        name, fd = self.create()
+                        made.append((name, sha256))
+                        with os.fdopen(fd, "wb") as file:
+                            file.write(data)
+                self.place(made, since)
         except BaseException:
             for name, _ in made:
                 with contextlib.suppress(FileNotFoundError):

@@ -104,6 +104,7 @@ class Ingest:
         self._allowance = allowance
         self._origin = origin
         self._below = Below(dir_fd)
+        self._since = -1
         self._ended = ended
         self._force = force
         self._give_up = give_up
@@ -114,10 +115,10 @@ class Ingest:
         with self._working() as threads:
             batch = self._taken(found, threads)
             with self._refusing(batch):
-                self._blobs.place(_files(taken for taken in batch.fresh if taken.hashing is None))
+                self._blobs.place(_files(taken for taken in batch.fresh if taken.hashing is None), self._since)
             self._hashed(batch)
             with self._refusing(batch):
-                self._blobs.place(_files(taken for taken in batch.fresh if taken.hashing is not None))
+                self._blobs.place(_files(taken for taken in batch.fresh if taken.hashing is not None), self._since)
             return self._recorded(batch)
 
     def batches(self, batches: Iterable[Sequence[Found]]) -> Iterator[Ingested]:
@@ -142,7 +143,7 @@ class Ingest:
                         self._blobs.name(_files(taken.fresh), taken.unsynced)
                     new.unsynced = self._blobs.fresh(_files(new.fresh))
                     spare = len(new.fresh) - len(new.unsynced)
-                    synced = threads.submit(self._blobs.sync, new.unsynced, _files(taken.fresh), spare)
+                    synced = threads.submit(self._blobs.sync, new.unsynced, _files(taken.fresh), spare, self._since)
                     recorded, named, taken = named, taken, new
                     yield self._recorded(recorded)
             except BaseException:
@@ -152,7 +153,11 @@ class Ingest:
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[Executor]:
-        with self._below, ThreadPoolExecutor(_THREADS, "artifacts") as threads:  # none is begun before it is needed
+        with (
+            self._below,
+            self._blobs.writing() as self._since,
+            ThreadPoolExecutor(_THREADS, "artifacts") as threads,  # none is begun before it is needed
+        ):
             yield threads
 
     # -- taking ----------------------------------------------------------------------------

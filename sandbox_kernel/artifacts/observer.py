@@ -38,6 +38,9 @@ from sandbox_kernel.untrusted import (
     scan_untrusted,
 )
 
+BIG_FOLDER = 2**20
+"""Bytes of a folder itself; ext4's keep the size they once had, and to find nothing in them takes longer and longer."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -348,8 +351,10 @@ class Observer:
         self._on_created(artifacts)
 
     def _empty(self) -> bool:
-        """False too where that cannot be seen (no descriptor left, say): a sweep tells why."""
+        """False too where that cannot be seen (no descriptor left, say), or not at once: a sweep sees."""
         try:
+            if os.fstat(self._fd).st_size > BIG_FOLDER:
+                return False
             with os.scandir(self._fd) as entries:
                 return next(entries, None) is None
         except OSError:

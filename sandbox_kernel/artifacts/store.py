@@ -156,13 +156,13 @@ class ArtifactStore(StoredArtifacts):
     def _put_all(self, files: Sequence[tuple[Origin, str, bytes]]) -> Artifacts:
         names: list[tuple[str, str]] = []
         try:
-            with room():
+            with room(), self.blobs.writing() as since:
                 for _, _, data in files:
                     name, fd = self.blobs.create()
                     names.append((name, new_sha256(data).hexdigest()))
                     with os.fdopen(fd, "wb", buffering=0) as file:
                         write_all(file.fileno(), data)
-                self.blobs.place(names)
+                self.blobs.place(names, since)
         except BaseException:
             for name, _ in names:
                 with contextlib.suppress(OSError):
