@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 
@@ -14,6 +15,9 @@ from sandbox_kernel.ledger import Ledger
 from sandbox_kernel.lifecycle import Lifecycle
 from sandbox_kernel.outcome import Outcome
 from sandbox_kernel.record import NoRecorder, Recorder
+
+MAX_SWEPT = 3
+"""Times in a row that a cell is swept out of the kernel's queue with no other client's cell having failed."""
 
 
 class CellQueue:
@@ -45,9 +49,14 @@ class CellQueue:
         """
         async with self._turn:
             swept: str | None = None
+            causeless, first = 0, math.inf
+            lost: list[str] | None = None
             while True:
+                failures = self._feed.foreign_failures
                 backlog = self._feed.backlog() if events else None
                 cell, outcome = await self._send(code, limit, backlog, swept)
+                if lost is not None:
+                    self._ledger.notes[cell.msg_id] = {"state_preserved": False, "lost_names": lost}
                 timer = self._lifecycle.watch(cell, limit)
                 try:
                     if backlog is not None:
@@ -66,6 +75,13 @@ class CellQueue:
                     return
                 # Another client's failing cell swept ours out of the kernel's queue before it ran: send it again.
                 swept = cell.msg_id
+                now = asyncio.get_running_loop().time()
+                first = min(first, now)
+                causeless = 0 if failures != self._feed.foreign_failures else causeless + 1
+                if causeless == MAX_SWEPT or (limit is not None and now - first > limit):
+                    # It does so with all cells: hostile code can have it do that, and a caller must come back.
+                    lost = await self._lifecycle.replace("would not run a cell")
+                    causeless, first = 0, math.inf
 
     async def _send(
         self, code: str, limit: float | None, backlog: Backlog | None, instead_of: str | None

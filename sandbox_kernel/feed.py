@@ -129,6 +129,8 @@ class Feed:
         """The highest count seen."""
         self.unrecorded = 0
         """Ended cells that wait for their line."""
+        self.foreign_failures = 0
+        """Cells of others that did not succeed: the kernel then sweeps out what waits."""
         self._heard = 0.0
         """When iopub last said anything."""
         self.on_adopted_idle: Callable[[Cell], None] | None = None
@@ -275,6 +277,7 @@ class Feed:
             cell.overdue.cancel()
         cell.end(status)
         self._remember(cell)
+        self.foreign_failures += not cell.own and status != "ok"
         self.unrecorded += 1
         cell.recorded = self._recorded
         self._on_finished(cell)

@@ -74,3 +74,16 @@ def test_a_child_forked_while_threads_print_has_their_lock_and_its_own_output(ke
         "print(os.waitpid(child, 0)[1])"
     )
     assert sorted(text.split()) == ["0", "child", "parent"]
+
+
+def test_what_a_tee_writes_is_the_cells_that_printed_it(kernel: Launched) -> None:
+    kernel.run(
+        "import sys\n"
+        "class Tee:\n"
+        "    def __init__(self, stream): self.stream = stream\n"
+        "    def write(self, text): self.stream.write(text)\n"
+        "    def flush(self): pass\n"
+        "sys.stdout = Tee(sys.stdout)"
+    )
+    assert kernel.printed("print('one')") == "one\n"
+    assert kernel.printed("print('two'); sys.stdout = sys.stdout.stream") == "two\n"

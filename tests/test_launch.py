@@ -100,6 +100,32 @@ def test_a_kernel_that_ends_by_itself_ends_the_supervisor(
     assert not alive(child)
 
 
+LATE_INTERRUPT = """
+import os, signal
+kernel = get_ipython().kernel
+def hook(restore=kernel.post_handler_hook):
+    del kernel.post_handler_hook
+    os.kill(os.getpid(), signal.SIGINT)
+    restore()
+kernel.post_handler_hook = hook
+"""
+EXITING_TASK = """
+import asyncio, sys
+async def leave():
+    sys.exit(3)
+leaving = asyncio.get_running_loop().create_task(leave())
+"""
+
+
+@pytest.mark.parametrize("code", [LATE_INTERRUPT, EXITING_TASK])
+def test_what_ends_the_loop_does_not_end_the_kernel(kernel: Launched, code: str) -> None:
+    kernel.run("x = 5")
+    kernel.client.execute(code)
+    pid = int(kernel.printed("import os; print(os.getpid())"))
+    os.kill(pid, signal.SIGINT)  # between cells: of no effect
+    assert kernel.printed("print(x)") == "5\n"
+
+
 def test_a_shutdown_does_not_wait_for_a_thread_that_never_ends(kernel: Launched) -> None:
     kernel.run("import threading; threading.Thread(target=threading.Event().wait).start()")
     kernel.client.shutdown()

@@ -147,6 +147,14 @@ class TestCells:
         assert line["success"] == result.success
         await shared.execute("%reset -f")
 
+    async def test_a_kernel_that_aborts_every_cell_is_replaced(self, shared: Session) -> None:
+        await shared.execute("left = 1; get_ipython().kernel._aborting = True")
+        result = await asyncio.wait_for(shared.execute("1 + 1", timeout=None), 20)
+        assert (result.result, result.state_preserved) == ("2", False)
+        (line,) = [line for line in events(shared, "code_execution") if line["code"] == "1 + 1"]
+        assert line["status"] == "ok"
+        assert events(shared, "kernel_restarted")[-1]["reason"] == "would not run a cell"
+
     async def test_ten_megabytes_of_prints_are_all_there(self, shared: Session) -> None:
         result = await shared.execute("for n in range(100_000): print(f'{n:099d}')", timeout=60)
         assert result.status == "ok"

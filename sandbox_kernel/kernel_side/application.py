@@ -12,6 +12,7 @@ from typing import Any, Callable, Optional, Set
 import zmq
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
+from tornado.ioloop import IOLoop
 
 from . import trims
 
@@ -115,6 +116,24 @@ class KernelApp(IPKernelApp):  # type: ignore[misc, unused-ignore]
     def init_kernel(self) -> None:
         trims.attempt(in_one_thread, self._chosen, self._say, self)
         super().init_kernel()
+
+    def start(self) -> None:
+        """A late interrupt, between a cell's end and ipykernel's ignoring them again, or a task that exits: both would
+        end the loop, and with it the kernel and its variables. Whoever has it shut down stops the loop.
+        """
+        loop: Any = IOLoop.current()
+        run = loop.start
+
+        def start() -> None:
+            while True:
+                try:
+                    run()
+                    return
+                except (KeyboardInterrupt, SystemExit):
+                    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as ever between cells
+
+        loop.start = start
+        super().start()
 
     def init_shell(self) -> None:
         """`exit` in a cell is told to the client, which may close its window; the kernel is its session's to end.

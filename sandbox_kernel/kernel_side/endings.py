@@ -4,6 +4,8 @@
   the cell has ended while its parent still runs it. It exits, as a script's child would.
 - ``sys.stdout`` or ``sys.stderr`` replaced by something that cannot be flushed, or deleted: ipykernel flushes both
   before it says that it is idle. The session's own stream is put back.
+- One replaced by something that writes to it in the end (a tee): ipykernel tells whoever stands there whose cell it is,
+  and what later cells print would stand under the one that put it there. The session's own is told, and flushed.
 - An exception group: IPython prints it to stderr, and no error is published. It is published like any other.
 """
 
@@ -11,7 +13,7 @@ import builtins
 import os
 import sys
 import traceback
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 _Group: Any = getattr(builtins, "BaseExceptionGroup", ())
 
@@ -21,14 +23,23 @@ class Endings:
 
     def __init__(self, shell: Any) -> None:
         self.shell = shell
-        self.streams = {"stdout": sys.stdout, "stderr": sys.stderr}
+        self.streams: Dict[str, Any] = {"stdout": sys.stdout, "stderr": sys.stderr}
         self.forked = False
         self.show = shell.showtraceback
+        self.set_parent = shell.set_parent
 
     def install(self) -> None:
         self.shell.events.register("post_run_cell", self.cell_ended)
         self.shell.showtraceback = self.showtraceback
+        self.shell.set_parent = self.request_begins
         os.register_at_fork(after_in_child=self._in_child)
+
+    def request_begins(self, parent: Any) -> None:
+        """Stands in for the shell's own ``set_parent``."""
+        self.set_parent(parent)
+        for name, own in self.streams.items():
+            if getattr(sys, name, None) is not own:
+                own.set_parent(parent)
 
     def cell_ended(self, result: Any) -> None:
         """Called by IPython after each cell, before ipykernel replies."""
@@ -37,6 +48,7 @@ class Endings:
         for name, own in self.streams.items():
             stream: Any = getattr(sys, name, self)
             if stream is not own and stream is not None:  # ipykernel takes None for no stream
+                own.flush()  # what a tee has written to it, whose flush() does nothing
                 try:
                     stream.flush()
                 except BaseException as exc:  # whatever an object of the cell's raises
