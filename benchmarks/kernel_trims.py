@@ -32,6 +32,7 @@ PATCHED = (
     "remember_signatures",
     "transform_once",
     "leave_python_alone",
+    "compile_at_once",
     "see_async_by_its_words",
     "name_cells_faster",
     "keep_no_outputs",

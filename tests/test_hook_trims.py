@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from IPython.core.compilerop import CachingCompiler
@@ -39,6 +42,45 @@ CELLS = [
     "",
     "\n\n",
     "a = 1; b = 2 # await",
+]
+
+
+STATEMENTS = [
+    "a = 1\nb = 2\na + b",
+    "a = 1\nb = 2\nprint(a)",
+    "a = 1; b = 2; a + b;",
+    "print('before')\nx = 1\n1 / 0\nprint('never')",
+    "\n".join(f"v{n} = {n}" for n in range(30)) + "\nv1 / v0\nprint('never')\nx = 1",
+    "print('before')\nx = 1\nreturn 3\nprint('never')",
+    "for n in range(3):\n    x = n\nelse:\n    y = 9\nbreak\nx, y",
+    "x = 1\nfrom __future__ import annotations\ndef f(a: nothing): ...\nf.__annotations__",
+    "def f(a: unknown): ...\nx = 1\nf.__annotations__",
+    "def f():\n    return g()\ndef g():\n    raise ValueError('deep')\nx = 1\nf()",
+    "import os\nimport sys\nx = os.sep\ny = sys.maxsize\nx",
+    "x = 3\nimport math\ny = 4\nprint(math.floor(2.5))\nx + y",
+    "from math import *\nx = 1\ny = sqrt(4)\ny",
+    "y = 1\nx = 2\nimport no_such_module\nprint('never')",
+    "'a text'\n'another'\nx = 1\n'shown'",
+    "import asyncio\nx = 1\nawait asyncio.sleep(0)\ny = x + 1\ny",
+    "x = [await asyncio.sleep(0, n) async for n in numbers()]\ny = 1\nz = 2",
+    "x = 1\ny = 2\nassert x == y, 'not so'\nx",
+    "x = 1\ny = x is 1\nz = 3\ny",
+    "class A:\n    b: int = 1\nc: int = 2\nA.b, c, __annotations__",
+    "%time x = 1\ny = 2\nx + y",
+    "x = !echo hi\ny = 1\nx",
+    "x = 1\nraise KeyboardInterrupt\ny = 2",
+    "import sys\nx = 1\nsys.exit(3)\ny = 2",
+    "x = 1\ndel x\ny = 2\nx",
+    "try:\n    x = 1 / 0\nexcept ZeroDivisionError as exc:\n    y = exc\nz = 2\ny",
+    "x = 1\nlambda: (yield)\ny = 2\n[x for x in range(3)]",
+    "x = 1\nnonlocal x\ny = 2\nz = 3",
+    "import traceback\ndef f(): 1 / 0\ntry:\n    f()\nexcept Exception:\n    traceback.print_exc()\nx = 1",
+    "get_ipython().ast_node_interactivity = 'all'",
+    "1\n2\nx = 3\nx",
+    "get_ipython().ast_node_interactivity = 'last_expr_or_assign'",
+    "1\n2\nx = 3\ny = 4",
+    "get_ipython().ast_node_interactivity = 'last_expr'",
+    "x = 1\nprint(x)\ny = 2\n_",
 ]
 
 
@@ -125,6 +167,41 @@ def test_messages_are_packed_as_ever(kernel: Launched) -> None:
     assert text == "[True, True, True, True, True]\n"
     parents = {message["parent_header"]["msg_id"] for _ in range(3) for message in kernel.run("1")[1]}
     assert len(parents) == 3
+
+
+def told(kernel: Launched, code: str) -> list[Any]:
+    """What a client hears of a cell, without what differs from kernel to kernel."""
+    reply, messages = kernel.run(code)
+    content = [reply["content"], *(one["content"] for one in messages if one["msg_type"] not in ("status", "stream"))]
+    streams = {"stdout": "", "stderr": ""}
+    for one in messages:
+        if one["msg_type"] == "stream":
+            streams[one["content"]["name"]] += one["content"]["text"]
+    # Each compilation warns anew; those that only look at the cell do not know its name.
+    streams["stderr"] = re.sub(r"<>:\d+: SyntaxWarning: .*\n", "", streams["stderr"])
+    text = json.dumps([streams, *content], sort_keys=True, ensure_ascii=False)
+    own = r"(/tmp/ipykernel_\d+/)?\d+\.py|0x[0-9a-f]+|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[\d.]+ [nμµ]?s\b"
+    told: list[Any] = json.loads(re.sub(own, "-", text))
+    return told
+
+
+def test_cells_do_and_show_what_they_do_in_a_stock_kernel() -> None:
+    names = "sorted(name for name in globals() if len(name) < 4)"
+    with launched() as trimmed, launched(trims=False) as stock:
+        for cell in STATEMENTS:
+            for code in (cell, names):
+                assert told(trimmed, code) == told(stock, code), cell
+
+
+def test_statements_run_together_and_imports_apart(kernel: Launched) -> None:
+    kernel.run(
+        "def counted(code, *args, **kwargs):\n"
+        "    pieces.append(code.co_firstlineno)\n"
+        "    return run(code, *args, **kwargs)\n"
+        "pieces, run = [], get_ipython().run_code\nget_ipython().run_code = counted"
+    )
+    kernel.run("a = 1\nb = 2\nimport os\nimport sys\nc = 3\nd = 4\npieces.append('here')\nd")
+    assert kernel.printed("get_ipython().run_code = run\nprint(len(pieces) - 1, pieces.index('here'))") == "5 3\n"
 
 
 def test_an_unsigned_request_is_not_run(kernel: Launched) -> None:
