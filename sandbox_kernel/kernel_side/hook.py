@@ -48,8 +48,8 @@ NEWEST = 100
 STEP = 10
 """Variables between two looks at the clock and at the sockets requests come by."""
 
-_IPYTHON = re.compile(r"_(\d+|_{0,2}|i{1,3}|i\d+|[iod]h|exit_code)|__\w+__")
-"""Names that IPython and Python keep in the namespace themselves."""
+_IPYTHON = re.compile(r"_(i\d+|\d+|_{0,2}|i{1,3}|[iod]h|exit_code)|__\w+__")
+"""Names that IPython and Python keep in the namespace themselves; first the sort that each cell adds."""
 _traceback = BaseException.__dict__["__traceback__"].__get__
 _log: int = 2
 _said: Set[str] = set()
