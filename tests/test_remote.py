@@ -236,6 +236,22 @@ async def test_too_big_is_refused_unread_and_stays(tmp_path: Path) -> None:
     place.store.close()
 
 
+async def test_very_many_that_are_refused_are_told_of_one_by_one_up_to_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sandbox_kernel.artifacts.listed.MAX_REFUSALS", 5)
+    place = Place(tmp_path, max_artifact_bytes=3)
+    for number in range(30):
+        (place.artifacts / f"{number}").write_text("four")
+    async with place.spool() as spool:
+        for number in (1, 2):
+            spool.cell_started(f"m{number}", number)
+            assert await spool.cell_finished(f"m{number}") == []
+    assert len(place.refused) == 6
+    assert place.refused[-1] == (".", "25 more that are not taken")
+    place.store.close()
+
+
 async def test_a_full_session_refuses_and_keeps_the_file(tmp_path: Path) -> None:
     place = Place(tmp_path, max_session_bytes=2500)
     for name in "abc":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import islice
 
 from sandbox_kernel.artifacts.agent import Listing, RemoteFileInfo
 from sandbox_kernel.artifacts.feeding import Cell
 from sandbox_kernel.artifacts.sweep import SweepBooks, Waiting
-from sandbox_kernel.untrusted import Refusal
+from sandbox_kernel.untrusted import MAX_REFUSALS, Refusal
 
 QUIET_S = 1.0
 """While its cell runs a file is taken once it was closed and unchanged for QUIET_S, and for twice as long per further
@@ -98,9 +99,12 @@ class Listed:
             self._known.pop(path, None)
 
     def refusals(self) -> list[Refusal]:
-        """What is refused of the listed, and what is no regular file."""
+        """What is refused of the listed, and what is no regular file; one by one up to a bound: others wait for it."""
         special = [Refusal(path, reason) for path, reason in self._listing.refused]
-        return special + [Refusal(path, known.refused) for path, known in self._known.items() if known.refused]
+        refused = ((path, known.refused) for path, known in self._known.items() if known.refused)
+        told = [Refusal(path, reason) for path, reason in islice(refused, MAX_REFUSALS)]
+        more = sum(1 for _ in refused)
+        return special + told + ([Refusal(".", f"{more} more that are not taken")] if more else [])
 
     def waiting(self) -> list[Waiting]:
         special = [Waiting(path, 0, reason) for path, reason in self._listing.refused]
