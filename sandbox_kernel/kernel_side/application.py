@@ -120,6 +120,8 @@ class KernelApp(IPKernelApp):  # type: ignore[misc, unused-ignore]
     def start(self) -> None:
         """A late interrupt, between a cell's end and ipykernel's ignoring them again, or a task that exits: both would
         end the loop, and with it the kernel and its variables. Whoever has it shut down stops the loop.
+
+        ipykernel 6 reads requests in a task that an interrupt ends for good: without it a kernel had better end.
         """
         loop: Any = IOLoop.current()
         run = loop.start
@@ -129,7 +131,9 @@ class KernelApp(IPKernelApp):  # type: ignore[misc, unused-ignore]
                 try:
                     run()
                     return
-                except (KeyboardInterrupt, SystemExit):
+                except (KeyboardInterrupt, SystemExit) as exc:
+                    if isinstance(exc, KeyboardInterrupt) and hasattr(self.kernel, "dispatch_queue"):
+                        raise
                     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as ever between cells
 
         loop.start = start
