@@ -24,6 +24,8 @@ MAX_ENTRIES = 200_000
 """Entries that one scan looks at: half a second. Whoever leaves more there waits for it at each of its cells."""
 MAX_REFUSALS = 10_000
 """Refusals that one scan tells of one by one; a kernel can make links as quickly as files."""
+_BIG_FOLDER = 2**20
+"""Bytes of a folder itself; ext4's keep the size they once had, and to find nothing in them takes longer and longer."""
 UNSEEN = "the rest was not looked at"
 _SHOWN = 1_000
 
@@ -231,6 +233,18 @@ def refusal_of(status: os.stat_result) -> str | None:
         if test(mode):
             return what
     return "no regular file"
+
+
+def is_empty(dir_fd: int) -> bool:
+    """Whether nothing lies in a folder; False too where that cannot be seen (no descriptor left, say), or not at once:
+    a scan sees."""
+    try:
+        if os.fstat(dir_fd).st_size > _BIG_FOLDER:
+            return False
+        with os.scandir(dir_fd) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return False
 
 
 OnFolder = Callable[[str, int], object]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import stat
 import threading
 import time
@@ -423,6 +424,21 @@ async def test_a_folder_that_was_big_once_is_not_looked_through_on_the_event_loo
     bench.observer.cell_started("m1", 1)
     assert bench.observer.settled("m1") is None
     assert await bench.observer.cell_finished("m1") == []
+
+
+async def test_an_observer_that_cannot_watch_leaves_no_descriptor(tmp_path: Path, store: ArtifactStore) -> None:
+    limits, before = resource.getrlimit(resource.RLIMIT_NOFILE), os.listdir("/proc/self/fd")
+    directory = SessionDirectory(tmp_path, "s")
+    directory.create(KERNEL, KERNEL)
+    with open(os.devnull) as highest:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest.fileno() + 2, limits[1]))  # the folder, and no inotify
+        try:
+            with pytest.raises(OSError, match=r"inotify|open files"):
+                async with Bench(directory, store).observer:
+                    pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert os.listdir("/proc/self/fd") == before
 
 
 async def test_sessions_share_one_thread(tmp_path: Path, store: ArtifactStore) -> None:

@@ -32,14 +32,12 @@ from sandbox_kernel.untrusted import (
     Found,
     Refusal,
     file_identity,
+    is_empty,
     is_text,
     printable,
     refusal_of,
     scan_untrusted,
 )
-
-BIG_FOLDER = 2**20
-"""Bytes of a folder itself; ext4's keep the size they once had, and to find nothing in them takes longer and longer."""
 
 _log = logging.getLogger(__name__)
 
@@ -88,10 +86,14 @@ class Observer:
             self._fd = os.open(self.path, FOLDER)
         except NotADirectoryError:
             raise UntrustedPath(f"{self.path} is a link or no folder") from None
-        self._watch = FolderWatch(self._file_closed, self._folder_made)
+        try:
+            self._watch = FolderWatch(self._file_closed, self._folder_made)
+        except OSError:
+            os.close(self._fd)
+            raise
         self._watch.add("", self._fd)
         self._task = asyncio.create_task(self._run(), name=f"observer {self.session_id}")
-        if not self._empty():
+        if not is_empty(self._fd):
             self._folder_made()
         return self
 
@@ -117,7 +119,7 @@ class Observer:
 
     def settled(self, msg_id: str) -> list[Artifact] | None:
         """As :meth:`cell_finished` where nothing lies in ``artifacts/``; else None, and the cell has not ended yet."""
-        if self._lock.locked() or self._look or not self._empty():
+        if self._lock.locked() or self._look or not is_empty(self._fd):
             return None
         self._turns.end(msg_id)
         self._dirty.forget(time.monotonic())
@@ -349,13 +351,3 @@ class Observer:
         for artifact in artifacts:
             self._books.created(artifact, running=self._turns.running)
         self._on_created(artifacts)
-
-    def _empty(self) -> bool:
-        """False too where that cannot be seen (no descriptor left, say), or not at once: a sweep sees."""
-        try:
-            if os.fstat(self._fd).st_size > BIG_FOLDER:
-                return False
-            with os.scandir(self._fd) as entries:
-                return next(entries, None) is None
-        except OSError:
-            return False
