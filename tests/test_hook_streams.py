@@ -97,3 +97,21 @@ def test_what_a_tee_writes_is_the_cells_that_printed_it(kernel: Launched) -> Non
     )
     assert kernel.printed("print('one')") == "one\n"
     assert kernel.printed("print('two'); sys.stdout = sys.stdout.stream") == "two\n"
+
+
+def test_an_interrupt_does_not_have_the_thread_that_sends_taken_for_dead(kernel: Launched) -> None:
+    text = kernel.printed(
+        "import signal, time\n"
+        "thread, until = get_ipython().kernel.iopub_thread.thread, time.monotonic() + 1\n"
+        "class Interrupt(Exception): pass\n"
+        "def interrupt(*args): raise Interrupt\n"
+        "usual = signal.signal(signal.SIGALRM, interrupt)\n"
+        "while time.monotonic() < until and thread.is_alive():\n"
+        "    try:\n"
+        "        signal.setitimer(signal.ITIMER_REAL, 0.0005)\n"
+        "        while True: thread.is_alive()\n"
+        "    except Interrupt: pass\n"
+        "_ = signal.signal(signal.SIGALRM, usual)\n"
+        "print(thread.is_alive())"
+    )
+    assert text == "True\n"

@@ -112,6 +112,10 @@ class KernelApp(IPKernelApp):  # type: ignore[misc, unused-ignore]
             super().init_iopub(context)
         finally:
             context.sockopts.pop(zmq.SNDHWM, None)
+        # An interrupt within Python's own is_alive() (up to 3.12) has it take a living thread for dead, for good: the
+        # main thread would then send by itself, beside that one, and both spoil each other's messages.
+        thread = self.iopub_thread.thread
+        thread.is_alive = lambda: threading._active.get(thread.ident) is thread  # type: ignore[attr-defined]
 
     def init_kernel(self) -> None:
         trims.attempt(in_one_thread, self._chosen, self._say, self)
