@@ -22,25 +22,14 @@ from typing import Any
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.connect import KernelConnectionInfo
 
+from sandbox_kernel.kernel_side import trims
+
 LAUNCH = Path(__file__).parent.parent / "sandbox_kernel" / "kernel_side" / "launch.py"
-CONFIGURED = ("memory_history", "no_sleep", "quiet_streams")
-PATCHED = (
-    "in_one_thread",
-    "busy_with_input",
-    "pack_at_once",
-    "log_no_details",
-    "remember_signatures",
-    "transform_once",
-    "leave_python_alone",
-    "compile_at_once",
-    "see_async_by_its_words",
-    "name_cells_faster",
-    "keep_no_outputs",
-)
+TRIMS = ["in_one_thread", *(trim.__name__ for trim in (*trims.CONFIGURED, *trims.PATCHED))]
 STOCK = "stock"
 VARIANTS: dict[str, dict[str, Any]] = {
     STOCK: {"trims": False, "state_dir": None},
-    **{trim: {"trims": [trim], "state_dir": None} for trim in CONFIGURED + PATCHED},
+    **{trim: {"trims": [trim], "state_dir": None} for trim in TRIMS},
     "all trims": {"trims": True, "state_dir": None},
     "hook alone": {"trims": False},
     "all trims and hook": {"trims": True},

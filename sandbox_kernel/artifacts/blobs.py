@@ -218,20 +218,23 @@ class BlobFolder:
 
     def put(self, blobs: Mapping[str, bytes]) -> None:
         """Have these bytes as blobs, by their SHA-256. Raises OSError."""
-        made: list[tuple[str, str]] = []
+        files: list[Named] = []
         try:
             with self.writing() as since:
                 for sha256, data in blobs.items():
-                    if not self.exists(sha256):
-                        name, fd = self.create()
-                        made.append((name, sha256))
-                        with os.fdopen(fd, "wb") as file:
-                            file.write(data)
-                self.place(made, since)
+                    if self.exists(sha256):
+                        files.append((None, sha256))  # whoever placed it may not have synced its name yet
+                        continue
+                    name, fd = self.create()
+                    files.append((name, sha256))
+                    with os.fdopen(fd, "wb") as file:
+                        file.write(data)
+                self.place(files, since)
         except BaseException:
-            for name, _ in made:
-                with contextlib.suppress(FileNotFoundError):
-                    self.drop(name)
+            for temporary, _ in files:
+                if temporary is not None:
+                    with contextlib.suppress(OSError):  # it may have its name as a blob by now
+                        self.drop(temporary)
             raise
 
 

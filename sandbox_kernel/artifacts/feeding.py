@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from typing import TypeVar
 
 from sandbox_kernel.artifacts.ingest import Origin
@@ -30,18 +31,8 @@ async def put_chunks(
 ) -> Artifact:
     """``store.put_stream`` in a thread, fed from this loop; a cancelled caller leaves neither thread nor bytes."""
     pieces = _Pieces(chunks, asyncio.get_running_loop())
-    writing = asyncio.ensure_future(
-        asyncio.to_thread(
-            store.put_stream, session_id, path, pieces, kind=kind, msg_id=cell[0], execution_count=cell[1]
-        )
-    )
-    try:
-        return await asyncio.shield(writing)
-    finally:
-        pieces.stop()
-        (done,) = await asyncio.gather(writing, return_exceptions=True)
-        if committed is not None and isinstance(done, Artifact):
-            committed(done)
+    put = partial(store.put_stream, session_id, path, pieces, kind=kind, msg_id=cell[0], execution_count=cell[1])
+    return await _to_its_end(put, committed, pieces.stop)
 
 
 async def put_together(
@@ -49,13 +40,21 @@ async def put_together(
     files: Sequence[tuple[Origin, str, bytes]],
     committed: Callable[[Sequence[Artifact | ArtifactRefused]], None],
 ) -> None:
-    """``store.put_files`` in a thread; ``committed`` hears what became of them, also where the caller is cancelled."""
-    writing = asyncio.ensure_future(asyncio.to_thread(store.put_files, files))
+    """``store.put_files`` in a thread."""
+    await _to_its_end(partial(store.put_files, files), committed)
+
+
+async def _to_its_end(
+    put: Callable[[], _T], committed: Callable[[_T], None] | None, stop: Callable[[], None] = lambda: None
+) -> _T:
+    """``put()`` in a thread; ``committed`` hears what came of it, also where the caller is cancelled."""
+    writing = asyncio.ensure_future(asyncio.to_thread(put))
     try:
-        await asyncio.shield(writing)
+        return await asyncio.shield(writing)
     finally:
+        stop()
         (done,) = await asyncio.gather(writing, return_exceptions=True)
-        if not isinstance(done, BaseException):
+        if committed is not None and not isinstance(done, BaseException):
             committed(done)
 
 

@@ -280,16 +280,13 @@ class RemoteSpool:
 
     async def _take(self, file: RemoteFileInfo, cell: Cell, created: list[Artifact], *, force: bool) -> None:
         """Stores the file, or notes why not; one that changed meanwhile is left to the next sweep."""
-        known = self._listed.known(file)
 
         def committed(artifact: Artifact) -> None:
-            known.stored = True
-            created.append(artifact)
-            self._books.created(artifact, running=bool(self._running))
+            self._stored(file, artifact, created)
 
         try:
             if self._listed.is_inherited(file) and await self._is_stored(file):
-                known.stored = True
+                self._listed.known(file).stored = True
                 return
             async with self._agent.get(file.path, limit=self._store.max_artifact_bytes) as content:
                 source = unchanged(content, file, force)
@@ -297,7 +294,7 @@ class RemoteSpool:
         except (Changed, Missing):
             return
         except ArtifactRefused as exc:
-            known.refused = str(exc)
+            self._listed.known(file).refused = str(exc)
 
     async def _read(self, file: RemoteFileInfo, *, force: bool) -> bytes | None:
         """The bytes of a small file; None: it changed meanwhile and is left to the next sweep, or is refused."""
@@ -317,17 +314,19 @@ class RemoteSpool:
     ) -> None:
         def committed(stored: Sequence[Artifact | ArtifactRefused]) -> None:
             for (file, _, _), done in zip(files, stored, strict=True):
-                known = self._listed.known(file)
                 if isinstance(done, Artifact):
-                    known.stored = True
-                    created.append(done)
-                    self._books.created(done, running=bool(self._running))
+                    self._stored(file, done, created)
                 else:
-                    known.refused = str(done)
+                    self._listed.known(file).refused = str(done)
 
         if files:
             rows = [(Origin(self._session_id, count, msg_id), file.path, data) for file, (msg_id, count), data in files]
             await put_together(self._store, rows, committed)
+
+    def _stored(self, file: RemoteFileInfo, artifact: Artifact, created: list[Artifact]) -> None:
+        self._listed.known(file).stored = True
+        created.append(artifact)
+        self._books.created(artifact, running=bool(self._running))
 
     async def _is_stored(self, file: RemoteFileInfo) -> bool:
         """Whether the newest version of this path in the store has just these bytes."""

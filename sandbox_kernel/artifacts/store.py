@@ -154,23 +154,12 @@ class ArtifactStore(StoredArtifacts):
         return [done[number] for number in range(len(files))]
 
     def _put_all(self, files: Sequence[tuple[Origin, str, bytes]]) -> Artifacts:
-        names: list[tuple[str, str]] = []
-        try:
-            with room(), self.blobs.writing() as since:
-                for _, _, data in files:
-                    name, fd = self.blobs.create()
-                    names.append((name, new_sha256(data).hexdigest()))
-                    with os.fdopen(fd, "wb", buffering=0) as file:
-                        write_all(file.fileno(), data)
-                self.blobs.place(names, since)
-        except BaseException:
-            for name, _ in names:
-                with contextlib.suppress(OSError):
-                    self.blobs.drop(name)
-            raise
+        digests = [new_sha256(data).hexdigest() for _, _, data in files]
+        with room():
+            self.blobs.put({sha256: data for sha256, (_, _, data) in zip(digests, files, strict=True)})
         taken = (
             Taken(path, sha256, len(data), type_of(path, data[:512]), (), None)
-            for (_, path, data), (_, sha256) in zip(files, names, strict=True)
+            for sha256, (_, path, data) in zip(digests, files, strict=True)
         )
         return self.catalog.add(
             [(draft(one, origin, "file"), None) for one, (origin, _, _) in zip(taken, files, strict=True)]
